@@ -1,0 +1,515 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""InTra: the inpainting transformer in anomalib.
+
+Example:
+    >>> from anomalib.data import MVTecAD
+    >>> from anomalib.engine import Engine
+    >>> from anomalib_recon.models import InTra
+    >>> model = InTra(image_size=320)  # doctest: +SKIP
+    >>> Engine().train(model=model, datamodule=MVTecAD(category="screw"))  # doctest: +SKIP
+
+Paper:
+    Inpainting Transformer for Anomaly Detection, https://arxiv.org/abs/2104.13897
+
+See Also:
+    :class:`anomalib_recon.models.intra.torch_model.InTraModel`: the network, usable alone.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from anomalib import LearningType
+from anomalib.data import AnomalibDataset, ImageBatch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.utils.config import to_tuple
+from anomalib.visualization import Visualizer
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import Compose, Resize
+from tqdm.auto import tqdm
+
+from anomalib_recon.metrics import RawScoreEvaluator
+from anomalib_recon.pre_processing import ExactResizePreProcessor
+from anomalib_recon.visualization import ReconstructionVisualizer
+
+from .loss import InTraLoss
+from .torch_model import NUM_CHANNELS, InTraModel
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_IMAGE_SIZE = (256, 256)
+# optimiser steps after which the length of the run is estimated, and the length from which on the user is told
+ESTIMATE_STEPS = 5
+LONG_RUN_HOURS = 3.0
+
+
+class InTra(AnomalibModule):
+    """Inpainting transformer, trained from scratch on windows of the normal training images.
+
+    A tenth of the normal training images is held out. Training stops when the loss on them has not fallen for
+    ``patience`` epochs (or at the trainer's ``max_epochs``); then the weights of the best epoch are restored, the mean
+    difference map of the normal training images is taken (eq. 17), and the validation images are inpainted, once, to
+    set the thresholds.
+
+    Args:
+        image_size (int | tuple[int, int] | None): Height and width that images are resized to, in pixels; an int means
+            a square. ``None`` takes the size of ``pre_processor``, or else 256 x 256.
+            Defaults to ``None``.
+        patch_size (int): Side K of a patch, in pixels.
+            Defaults to ``16``.
+        window_size (int): Side L of a window, in patches.
+            Defaults to ``7``.
+        embed_dim (int): Latent dimension D.
+            Defaults to ``512``.
+        depth (int): Number of transformer blocks n.
+            Defaults to ``13``.
+        num_heads (int): Number of attention heads h.
+            Defaults to ``8``.
+        attention (Literal["mfsa", "msa"]): Multihead feature self-attention or regular multihead self-attention.
+            Defaults to ``"mfsa"``.
+        long_residuals (bool): Connect early blocks to late ones.
+            Defaults to ``True``.
+        position (Literal["global", "local"]): Number the patches within the image or within the window.
+            Defaults to ``"global"``.
+        readout (Literal["mean", "token"]): Paint from the mean of the output sequence, or from its covered token.
+            Defaults to ``"mean"``.
+        sigmoid (bool): End in a sigmoid (version 3 of the paper) or not (version 1).
+            Defaults to ``True``.
+        gms_weight (float): alpha, the weight of the gradient magnitude similarity in the loss.
+            Defaults to ``0.01``.
+        ssim_weight (float): beta, the weight of the structural similarity in the loss.
+            Defaults to ``0.01``.
+        windows_per_image (int): Windows drawn from each training image in an epoch.
+            Defaults to ``600``.
+        windows_per_step (int): Windows per optimiser step, over all devices together.
+            Defaults to ``256``.
+        held_out_fraction (float): Fraction of the normal training images that is held out; at least one is.
+            Defaults to ``0.1``.
+        max_held_out (int): Most images to hold out.
+            Defaults to ``20``.
+        patience (int): Epochs without a lower held-out loss after which training stops.
+            Defaults to ``50``.
+        learning_rate (float): Learning rate of Adam.
+            Defaults to ``1e-4``.
+        augment (bool): Rotate training images by multiples of 90 degrees (180 if they are not square) and flip them.
+            Defaults to ``True``.
+        windows_per_chunk (int): Windows inpainted at a time outside training; bounds memory, changes no result.
+            Defaults to ``32``.
+        pre_processor (PreProcessor | bool): Pre-processor.
+            Defaults to ``True``.
+        post_processor (PostProcessor | bool): Post-processor.
+            Defaults to ``True``.
+        evaluator (Evaluator | bool): Evaluator.
+            Defaults to ``True``.
+        visualizer (Visualizer | bool): Visualizer.
+            Defaults to ``True``.
+
+    Raises:
+        ValueError: If an argument is out of its range or does not fit another.
+    """
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int] | None = None,
+        patch_size: int = 16,
+        window_size: int = 7,
+        embed_dim: int = 512,
+        depth: int = 13,
+        num_heads: int = 8,
+        attention: Literal["mfsa", "msa"] = "mfsa",
+        long_residuals: bool = True,
+        position: Literal["global", "local"] = "global",
+        readout: Literal["mean", "token"] = "mean",
+        sigmoid: bool = True,
+        gms_weight: float = 0.01,
+        ssim_weight: float = 0.01,
+        windows_per_image: int = 600,
+        windows_per_step: int = 256,
+        held_out_fraction: float = 0.1,
+        max_held_out: int = 20,
+        patience: int = 50,
+        learning_rate: float = 1e-4,
+        augment: bool = True,
+        windows_per_chunk: int = 32,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        # assigned before the arguments are saved as hyper-parameters, so that a checkpoint knows its image size
+        image_size = resolve_image_size(image_size, pre_processor)
+        if pre_processor is True:
+            pre_processor = self.configure_pre_processor(image_size)
+        super().__init__(
+            pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
+        )
+        for name in ("windows_per_image", "windows_per_step", "max_held_out", "patience", "learning_rate"):
+            if self.hparams[name] <= 0:
+                msg = f"{name} must be positive, got {self.hparams[name]}."
+                raise ValueError(msg)
+        if not 0 < held_out_fraction < 1:
+            msg = f"held_out_fraction must lie between 0 and 1, got {held_out_fraction}."
+            raise ValueError(msg)
+
+        self.model: InTraModel = InTraModel(
+            image_size=image_size,
+            patch_size=patch_size,
+            window_size=window_size,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            attention=attention,
+            long_residuals=long_residuals,
+            position=position,
+            readout=readout,
+            sigmoid=sigmoid,
+            windows_per_chunk=windows_per_chunk,
+        )
+        self.loss = InTraLoss(gms_weight, ssim_weight)
+        self.windows_per_image = windows_per_image
+        self.windows_per_step = windows_per_step
+        self.held_out_fraction = held_out_fraction
+        self.max_held_out = max_held_out
+        self.patience = patience
+        self.learning_rate = learning_rate
+        self.augment = augment
+        # an optimiser step takes windows_per_step windows, a batch of images yields many of them
+        self.automatic_optimization = False
+
+        self.held_out_losses: list[float] = []
+        self._held_out_paths: list[str] = []
+        self._best_weights: dict[str, Tensor] = {}
+        self._rng_state: Tensor | None = None
+        self._fitted = False
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam, as in section 4.1."""
+        return torch.optim.Adam(self.model.parameters(), lr=self.learning_rate)
+
+    def on_fit_start(self) -> None:
+        """Put validation off until training has ended, and continue an interrupted run's random numbers."""
+        self._fitted = False
+        self._limit_val_batches, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
+        if self._rng_state is not None:
+            torch.set_rng_state(self._rng_state)
+
+    def on_train_start(self) -> None:
+        """Hold out a part of the normal training images.
+
+        Raises:
+            ValueError: If no normal image is left to train on.
+        """
+        self._normal_set = normal_training_set(self.trainer.train_dataloader.dataset)
+        paths = [str(path) for path in self._normal_set.samples.image_path]
+        count = min(self.max_held_out, max(1, round(self.held_out_fraction * len(paths))))
+        if count >= len(paths):
+            msg = (
+                f"The training set has {len(paths)} normal images, of which {count} would be held out "
+                f"(held_out_fraction={self.held_out_fraction}): none is left to train on; add images."
+            )
+            raise ValueError(msg)
+        if not set(self._held_out_paths) <= set(paths) or not self._held_out_paths:
+            self._held_out_paths = [paths[index] for index in torch.randperm(len(paths))[:count]]
+        self._held_out_paths = self.trainer.strategy.broadcast(self._held_out_paths)
+        held_out = [index for index, path in enumerate(paths) if path in self._held_out_paths]
+        self._num_training_images = len(paths) - len(held_out)
+        self._held_out_images = torch.cat(list(self._images(held_out)))
+        self._started = time.monotonic()
+
+    def training_step(self, batch: ImageBatch, *args, **kwargs) -> None:
+        """Draw windows from the images of the batch and take an optimiser step for every ``windows_per_step`` of them.
+
+        Args:
+            batch (ImageBatch): Batch of training images.
+            *args: Not used.
+            **kwargs: Not used.
+        """
+        del args, kwargs
+        images = self._training_images(batch)
+        # every process takes as many optimiser steps as the others, however many images it holds out
+        counts = self.all_gather(torch.tensor(len(images), device=self.device))
+        if counts.min() == 0:
+            return
+        num_windows = self.windows_per_image * int(counts.max())
+        generator = torch.Generator(self.device).manual_seed(int(torch.randint(2**31, ())) + self.global_rank)
+        image_index = torch.randperm(num_windows, generator=generator, device=self.device) % len(images)
+
+        start, losses = time.monotonic(), []
+        steps = image_index.split(max(1, self.windows_per_step // self.trainer.world_size))
+        for index in tqdm(steps, "Optimiser steps", delay=10, leave=False, disable=not self.trainer.is_global_zero):
+            losses.append(self._optimise(images, index, generator))
+            self._tell_if_long()
+            if 0 < self.trainer.max_steps <= self.trainer.global_step:
+                break
+        loss = torch.stack(losses).mean()
+        num_windows = sum(map(len, steps[: len(losses)])) * self.trainer.world_size
+        self.log("train_loss", loss, prog_bar=True)
+        self.log("windows_per_second", num_windows / (time.monotonic() - start), prog_bar=True)
+
+    def _training_images(self, batch: ImageBatch) -> Tensor:
+        """Normal images of a batch that are not held out, shape ``(b, 3, H, W)``."""
+        held_out = set(self._held_out_paths)
+        labels = batch.gt_label if batch.gt_label is not None else torch.zeros(len(batch.image))
+        return batch.image[
+            [str(path) not in held_out and not label for path, label in zip(batch.image_path, labels, strict=True)]
+        ]
+
+    def _optimise(self, images: Tensor, image_index: Tensor, generator: torch.Generator) -> Tensor:
+        """Take an optimiser step on one window of each of the images ``image_index``, shape ``(n,)``."""
+        if self.augment:
+            images = rotate_and_flip(images, generator)
+        patches = self.model.patchify(images)
+        tokens, covered = self.model.draw_windows(len(image_index), generator)
+        inpainted = self.model.inpaint(patches, image_index, tokens, covered)
+        original = patches[image_index, tokens.gather(1, covered[:, None]).squeeze(1)]
+        loss = self.loss(self.model.pixels(inpainted), self.model.pixels(original))
+
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        return loss.detach()
+
+    def _tell_if_long(self) -> None:
+        """After the first steps, say in a line how long the run may take if that is many hours."""
+        if self.trainer.global_step != ESTIMATE_STEPS or self.trainer.max_epochs is None:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        num_steps = self.trainer.max_epochs * self._num_training_images * self.windows_per_image / self.windows_per_step
+        if self.trainer.max_steps > 0:
+            num_steps = min(num_steps, self.trainer.max_steps)
+        hours = num_steps * (time.monotonic() - self._started) / ESTIMATE_STEPS / 3600
+        if hours > LONG_RUN_HOURS and self.trainer.is_global_zero:
+            logger.warning(
+                "Training as asked may take up to %.0f hours on this machine, unless the held-out loss stops it "
+                "earlier; `python -m anomalib_recon.quickstart` shows a small InTra in minutes.",
+                hours,
+            )
+
+    def on_train_epoch_end(self) -> None:
+        """Keep the weights of the best epoch; stop when the held-out loss does not fall any more."""
+        loss = self._held_out_loss()
+        if not math.isfinite(loss):
+            msg = (
+                f"The held-out loss is {loss} after epoch {self.current_epoch}; lower learning_rate "
+                f"({self.learning_rate}) or use precision 32. The last checkpoint is from before."
+            )
+            raise RuntimeError(msg)
+        self.log("held_out_loss", loss, prog_bar=True)
+        self.held_out_losses.append(loss)
+        best_epoch = self.held_out_losses.index(min(self.held_out_losses))
+        epochs_since_best = len(self.held_out_losses) - 1 - best_epoch
+        if epochs_since_best == 0:
+            self._best_weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+        if epochs_since_best >= self.patience:
+            logger.info("The held-out loss has not fallen for %d epochs.", self.patience)
+            self.trainer.should_stop = True
+        if self.trainer.fit_loop.done:
+            self._finish()
+
+    def on_train_end(self) -> None:
+        """Finish a training that something else than this module has stopped, and save it anew."""
+        if self._fitted or not self.held_out_losses:
+            return
+        self._finish()
+        for callback in self.trainer.checkpoint_callbacks:
+            if path := getattr(callback, "best_model_path", ""):
+                self.trainer.save_checkpoint(path)
+
+    def _finish(self) -> None:
+        """Restore the best weights, take the mean normal difference (eq. 17) and let the thresholds be set."""
+        self.model.load_state_dict(self._best_weights)
+        self._best_weights = {}
+        self.model.normal_difference.copy_(self._mean_normal_difference())
+        self._fitted = True
+
+        self.trainer.limit_val_batches = self._limit_val_batches
+        if self.trainer.enable_validation:
+            self.trainer.validating = True
+            self.trainer.fit_loop.epoch_loop.val_loop.run()
+            self.trainer.training = True
+
+    @torch.no_grad()
+    def _held_out_loss(self) -> float:
+        """Mean loss over all patches of the held-out images, each inpainted from its window as at inference."""
+        total = torch.zeros((), device=self.device)
+        for image in self._held_out_images[self.global_rank :: self.trainer.world_size].split(1):
+            with self.trainer.precision_plugin.forward_context():
+                reconstruction = self.model.reconstruct(image)
+            total += self.loss(*(self.model.pixels(self.model.patchify(x)) for x in (reconstruction, image)))
+        return float(self.trainer.strategy.reduce(total, reduce_op="sum")) / len(self._held_out_images)
+
+    @torch.no_grad()
+    def _mean_normal_difference(self) -> Tensor:
+        """Mean of ``diff`` over the normal training images, shape ``(1, 1, H, W)``."""
+        total = torch.zeros_like(self.model.normal_difference)
+        count = len(self._normal_set)
+        for images in self._images(range(self.global_rank, count, self.trainer.world_size)):
+            with self.trainer.precision_plugin.forward_context():
+                reconstruction = self.model.reconstruct(images)
+            total += self.model.anomaly_map_generator.difference(images, reconstruction.float()).sum(0, keepdim=True)
+        return self.trainer.strategy.reduce(total, reduce_op="sum") / count
+
+    def _images(self, indices: Sequence[int]) -> Iterator[Tensor]:
+        """Batches of pre-processed images of the normal training set, shape ``(b, 3, H, W)``."""
+        if len(indices) == 0:
+            return
+        loader = self.trainer.train_dataloader
+        transform = getattr(self.pre_processor, "transform", None)
+        for batch in DataLoader(
+            self._normal_set.subsample(indices),
+            batch_size=loader.batch_size,
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+        ):
+            images = batch.image.to(self.device)
+            yield transform(images) if transform else images
+
+    def validation_step(self, batch: ImageBatch, *args, **kwargs) -> STEP_OUTPUT:
+        """Score a batch of images; see :meth:`test_step`."""
+        return self.test_step(batch, *args, **kwargs)
+
+    def predict_step(self, batch: ImageBatch, *args, **kwargs) -> STEP_OUTPUT:
+        """Score a batch of images; see :meth:`test_step`."""
+        return self.test_step(batch, *args, **kwargs)
+
+    def test_step(self, batch: ImageBatch, *args, **kwargs) -> STEP_OUTPUT:
+        """Score a batch of images and keep their reconstruction for the pictures.
+
+        Args:
+            batch (ImageBatch): Batch of B pre-processed images.
+            *args: Not used.
+            **kwargs: Not used.
+
+        Returns:
+            STEP_OUTPUT: The batch with ``pred_score``, ``anomaly_map`` and ``reconstruction`` of shape
+                ``(B, 3, H, W)``.
+        """
+        del args, kwargs
+        reconstruction = self.model.reconstruct(batch.image).float()
+        with torch.autocast(self.device.type, enabled=False):
+            predictions = self.model.score(batch.image, reconstruction)
+        batch.update(**predictions._asdict())
+        batch.reconstruction = reconstruction
+        return batch
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save what an interrupted run needs to continue as if it had not been."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["intra"] = {
+            "held_out_losses": self.held_out_losses,
+            "held_out_paths": self._held_out_paths,
+            "best_weights": self._best_weights,
+            "rng_state": torch.get_rng_state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Load what :meth:`on_save_checkpoint` saved."""
+        super().on_load_checkpoint(checkpoint)
+        state = checkpoint["intra"]
+        self.held_out_losses = state["held_out_losses"]
+        self._held_out_paths = state["held_out_paths"]
+        self._best_weights = state["best_weights"]
+        self._rng_state = state["rng_state"]
+
+    @staticmethod
+    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Resize images; their values stay in [0, 1], as they are also the target of the reconstruction.
+
+        Args:
+            image_size (tuple[int, int] | None): Height and width.
+                Defaults to ``None``, which means 256 x 256.
+
+        Returns:
+            PreProcessor: Pre-processor.
+        """
+        return ExactResizePreProcessor(Compose([Resize(image_size or DEFAULT_IMAGE_SIZE, antialias=True)]))
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """Image and pixel AUROC and F1 score, and pixel AUPRO, on raw scores."""
+        return RawScoreEvaluator()
+
+    @classmethod
+    def configure_visualizer(cls) -> Visualizer:
+        """Show image, ground truth, reconstruction, anomaly map and predicted mask."""
+        return ReconstructionVisualizer()
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """None: Lightning's own default, at most 1000 epochs, leaves the end to ``patience``."""
+        return {}
+
+    @property
+    def learning_type(self) -> LearningType:
+        """One-class: trained on normal images."""
+        return LearningType.ONE_CLASS
+
+
+def resolve_image_size(image_size: int | Sequence[int] | None, pre_processor: PreProcessor | bool) -> tuple[int, int]:
+    """Find the size of the images from the arguments of the model.
+
+    Args:
+        image_size (int | Sequence[int] | None): Size as given by the user.
+        pre_processor (PreProcessor | bool): Pre-processor as given by the user.
+
+    Returns:
+        tuple[int, int]: Height and width.
+
+    Raises:
+        ValueError: If the two disagree.
+    """
+    transform = getattr(pre_processor, "transform", None)
+    resized = tuple(transform(torch.zeros(1, NUM_CHANNELS, 1, 1)).shape[-2:]) if transform else (1, 1)
+    if image_size is None:
+        return DEFAULT_IMAGE_SIZE if resized == (1, 1) else resized
+    size = to_tuple(image_size)
+    if resized not in {(1, 1), size}:
+        msg = f"image_size must be the size that pre_processor resizes to, got {size} and {resized}; leave one out."
+        raise ValueError(msg)
+    return size
+
+
+def normal_training_set(dataset: AnomalibDataset) -> AnomalibDataset:
+    """Normal images of a training set, without augmentations.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    normal = [index for index, label in enumerate(dataset.samples.label_index) if label == 0]
+    if not normal:
+        msg = "The training set has no normal image; check the root, the category and the folder of good images."
+        raise ValueError(msg)
+    dataset = dataset.subsample(normal)
+    dataset.augmentations = None
+    return dataset
+
+
+def rotate_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Rotate each image by a random multiple of 90 degrees and flip it, or not; 180 degrees if it is not square.
+
+    Args:
+        images (Tensor): Images of shape ``(B, C, H, W)``.
+        generator (torch.Generator): Source of randomness, on the device of the images.
+
+    Returns:
+        Tensor: Images of the same shape.
+    """
+
+    def maybe(changed: Tensor) -> Tensor:
+        coin = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < 0.5
+        return torch.where(coin, changed, images)
+
+    images = maybe(images.flip(-1))
+    images = maybe(images.flip(-2))
+    return maybe(images.transpose(-1, -2)) if images.shape[-1] == images.shape[-2] else images

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Loss of InTra: pixels, gradients and structure of the inpainted patch (eqs. 11-12)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+# Xue et al. (2014), https://arxiv.org/abs/1308.3052, use 170 for values in [0, 255]
+GMS_CONSTANT = 170 / 255**2
+
+
+def gradient_magnitude_similarity(images: Tensor, others: Tensor) -> Tensor:
+    """Compare the gradient magnitudes of two batches of images (GMS, Xue et al.).
+
+    Args:
+        images (Tensor): Images of shape ``(B, C, H, W)`` with values in [0, 1].
+        others (Tensor): Images of the same shape.
+
+    Returns:
+        Tensor: Similarity of shape ``(B, C, H, W)`` with values in (0, 1]; 1 where the gradients are equally strong.
+    """
+    magnitude, other = _squared_gradient(images), _squared_gradient(others)
+    # the product of the magnitudes has no gradient where one of them is 0
+    product = (magnitude * other + torch.finfo(images.dtype).tiny).sqrt()
+    return (2 * product + GMS_CONSTANT) / (magnitude + other + GMS_CONSTANT)
+
+
+def _squared_gradient(images: Tensor) -> Tensor:
+    """Squared gradient magnitude by Prewitt filters, ``(B, C, H, W) -> (B, C, H, W)``; the border is replicated."""
+    padded = functional.pad(images, (1, 1, 1, 1), mode="replicate")
+    rows = (padded[:, :, :-2] + padded[:, :, 1:-1] + padded[:, :, 2:]) / 3
+    cols = (padded[:, :, :, :-2] + padded[:, :, :, 1:-1] + padded[:, :, :, 2:]) / 3
+    horizontal = rows[:, :, :, 2:] - rows[:, :, :, :-2]
+    vertical = cols[:, :, 2:] - cols[:, :, :-2]
+    return horizontal.square() + vertical.square()
+
+
+class InTraLoss(nn.Module):
+    """Mean squared error + gms_weight * mean(1 - GMS) + ssim_weight * mean(1 - SSIM) (eq. 12).
+
+    Args:
+        gms_weight (float): alpha.
+        ssim_weight (float): beta.
+
+    Raises:
+        ValueError: If a weight is negative.
+    """
+
+    def __init__(self, gms_weight: float = 0.01, ssim_weight: float = 0.01) -> None:
+        super().__init__()
+        for name, value in (("gms_weight", gms_weight), ("ssim_weight", ssim_weight)):
+            if value < 0:
+                msg = f"{name} must not be negative, got {value}."
+                raise ValueError(msg)
+        self.gms_weight = gms_weight
+        self.ssim_weight = ssim_weight
+
+    def forward(self, inpainted: Tensor, patches: Tensor) -> Tensor:
+        """Compare inpainted patches with the covered ones.
+
+        Args:
+            inpainted (Tensor): Patches of shape ``(n, 3, K, K)``.
+            patches (Tensor): Covered patches of the same shape, with values in [0, 1].
+
+        Returns:
+            Tensor: Loss, a scalar.
+        """
+        # variances of SSIM are differences of nearly equal numbers: not for half precision
+        with torch.autocast(inpainted.device.type, enabled=False):
+            inpainted, patches = inpainted.float(), patches.float()
+            _, ssim = structural_similarity_index_measure(inpainted, patches, data_range=1.0, return_full_image=True)
+            return (
+                functional.mse_loss(inpainted, patches)
+                + self.gms_weight * (1 - gradient_magnitude_similarity(inpainted, patches)).mean()
+                + self.ssim_weight * (1 - ssim).mean()
+            )

@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""InTra: the inpainting transformer, as a plain PyTorch module.
+
+An image is cut into patches. For each patch, the network sees a square window of patches in which that one is covered,
+and paints it from the others. What the network, trained on normal images, paints differently from what the camera saw
+is anomalous.
+
+Example:
+    >>> import torch
+    >>> from anomalib_recon.models.intra.torch_model import InTraModel
+    >>> model = InTraModel(image_size=(64, 64), patch_size=8, embed_dim=32, depth=2, num_heads=4).eval()
+    >>> model.reconstruct(torch.rand(2, 3, 64, 64)).shape
+    torch.Size([2, 3, 64, 64])
+
+Paper:
+    Inpainting Transformer for Anomaly Detection, https://arxiv.org/abs/2104.13897.
+    Section and equation numbers in this package are those of version 1; version 3 is named where it differs.
+
+See Also:
+    :class:`anomalib_recon.models.intra.lightning_model.InTra`: training and evaluation with anomalib.
+"""
+
+from typing import Literal
+
+import torch
+from anomalib.data import InferenceBatch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .anomaly_map import AnomalyMapGenerator
+
+NUM_CHANNELS = 3
+
+
+def _mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, out_dim))
+
+
+class MultiheadSelfAttention(nn.Module):
+    """Multihead self-attention, MSA (eqs. 6-9).
+
+    Args:
+        embed_dim (int): Latent dimension D.
+        num_heads (int): Number of heads h; divides D.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query: nn.Module = nn.Linear(embed_dim, embed_dim)
+        self.key: nn.Module = nn.Linear(embed_dim, embed_dim)
+        self.value = nn.Linear(embed_dim, embed_dim)
+        self.unify = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Let every token attend to all tokens of its sequence.
+
+        Args:
+            tokens (Tensor): Sequences of shape ``(B, T, D)``.
+
+        Returns:
+            Tensor: Sequences of shape ``(B, T, D)``.
+        """
+        heads = functional.scaled_dot_product_attention(
+            self._slice(self.query(tokens)),
+            self._slice(self.key(tokens)),
+            self._slice(self.value(tokens)),
+        )
+        return self.unify(heads.transpose(1, 2).flatten(2))
+
+    def _slice(self, tokens: Tensor) -> Tensor:
+        """Slice the last dimension into heads: ``(B, T, h * d) -> (B, h, T, d)``."""
+        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class MultiheadFeatureSelfAttention(MultiheadSelfAttention):
+    """Multihead feature self-attention, MFSA: queries and keys of half the width, from an MLP each (eq. 10).
+
+    Args:
+        embed_dim (int): Latent dimension D. Queries and keys have F = D / 2, the hidden layers 2 * D dimensions.
+        num_heads (int): Number of heads h; divides F.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int) -> None:
+        super().__init__(embed_dim, num_heads)
+        self.query = _mlp(embed_dim, 2 * embed_dim, embed_dim // 2)
+        self.key = _mlp(embed_dim, 2 * embed_dim, embed_dim // 2)
+
+
+ATTENTION = {"mfsa": MultiheadFeatureSelfAttention, "msa": MultiheadSelfAttention}
+
+
+class TransformerBlock(nn.Module):
+    """Attention and MLP, each behind a layer norm and bridged by a residual connection (section 3.3).
+
+    Args:
+        embed_dim (int): Latent dimension D.
+        attention (MultiheadSelfAttention): The attention of this block.
+    """
+
+    def __init__(self, embed_dim: int, attention: MultiheadSelfAttention) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(embed_dim)
+        self.attention = attention
+        self.mlp_norm = nn.LayerNorm(embed_dim)
+        self.mlp = _mlp(embed_dim, 4 * embed_dim, embed_dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map sequences of shape ``(B, T, D)`` to sequences of the same shape."""
+        tokens = tokens + self.attention(self.attention_norm(tokens))
+        return tokens + self.mlp(self.mlp_norm(tokens))
+
+
+class InTraModel(nn.Module):
+    """Inpainting transformer.
+
+    Args:
+        image_size (tuple[int, int]): Height H and width W of the images, in pixels; multiples of ``patch_size``.
+        patch_size (int): Side K of a patch, in pixels.
+        window_size (int): Side L of a window, in patches.
+        embed_dim (int): Latent dimension D.
+        depth (int): Number of transformer blocks n.
+        num_heads (int): Number of attention heads h.
+        attention (Literal["mfsa", "msa"]): Feature self-attention (eq. 10) or regular self-attention (eq. 6).
+        long_residuals (bool): Add the output of block i to the input of block n - 1 - i, for i < n // 2 (counted from
+            0), as in a U-Net.
+        position (Literal["global", "local"]): Number the patches within the image (eq. 2) or the window (eq. 1).
+        readout (Literal["mean", "token"]): Paint from the mean of the output sequence, or from the output at the
+            covered patch.
+        sigmoid (bool): End in a sigmoid (version 3) or in the affine map (version 1).
+        windows_per_chunk (int): Windows that are inpainted at a time by :meth:`reconstruct`. Bounds its memory, changes
+            nothing else. An exported model takes as many windows of each image of the batch.
+
+    Raises:
+        ValueError: If an argument is out of its range or does not fit another.
+    """
+
+    def __init__(
+        self,
+        image_size: tuple[int, int] = (256, 256),
+        patch_size: int = 16,
+        window_size: int = 7,
+        embed_dim: int = 512,
+        depth: int = 13,
+        num_heads: int = 8,
+        attention: Literal["mfsa", "msa"] = "mfsa",
+        long_residuals: bool = True,
+        position: Literal["global", "local"] = "global",
+        readout: Literal["mean", "token"] = "mean",
+        sigmoid: bool = True,
+        windows_per_chunk: int = 32,
+    ) -> None:
+        super().__init__()
+        check_sizes(image_size, patch_size, window_size)
+        check_network(embed_dim, depth, num_heads, windows_per_chunk)
+        for name, value, choices in (
+            ("attention", attention, tuple(ATTENTION)),
+            ("position", position, ("global", "local")),
+            ("readout", readout, ("mean", "token")),
+        ):
+            if value not in choices:
+                msg = f"{name} must be one of {choices}, got {value!r}."
+                raise ValueError(msg)
+
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.window_size = window_size
+        self.grid_size = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.long_residuals = long_residuals
+        self.position = position
+        self.readout = readout
+        self.windows_per_chunk = windows_per_chunk
+
+        patch_dim = patch_size**2 * NUM_CHANNELS
+        num_positions = self.grid_size[0] * self.grid_size[1] if position == "global" else window_size**2
+        self.patch_embedding = nn.Linear(patch_dim, embed_dim, bias=False)
+        self.position_embedding = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_positions, embed_dim), std=0.02))
+        self.inpaint_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(embed_dim), std=0.02))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(embed_dim, ATTENTION[attention](embed_dim, num_heads)) for _ in range(depth)
+        )
+        self.head = nn.Linear(embed_dim, patch_dim)
+        self.output = nn.Sigmoid() if sigmoid else nn.Identity()
+
+        tokens, covered = self._centred_windows()
+        self.register_buffer("tokens", tokens, persistent=False)
+        self.register_buffer("covered", covered, persistent=False)
+        self.tokens: Tensor
+        self.covered: Tensor
+
+        self.anomaly_map_generator = AnomalyMapGenerator(image_size)
+        # mean of diff(z) over the normal training images z (eq. 17), zero until it is known
+        self.register_buffer("normal_difference", torch.zeros(1, 1, *image_size))
+        self.normal_difference: Tensor
+
+    def forward(self, images: Tensor) -> InferenceBatch:
+        """Score images by how they differ from their reconstruction (section 3.5).
+
+        Args:
+            images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
+
+        Returns:
+            InferenceBatch: ``anomaly_map`` of shape ``(B, 1, H, W)`` (eq. 17) and ``pred_score`` of shape ``(B,)``
+                (eq. 18), both not negative.
+        """
+        return self.score(images, self.reconstruct(images))
+
+    def score(self, images: Tensor, reconstruction: Tensor) -> InferenceBatch:
+        """Score images given their reconstruction; see :meth:`forward`."""
+        difference = self.anomaly_map_generator.difference(images, reconstruction)
+        anomaly_map = self.anomaly_map_generator(difference, self.normal_difference)
+        return InferenceBatch(pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map)
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Inpaint every patch of the images from the window around it.
+
+        Args:
+            images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
+
+        Returns:
+            Tensor: Reconstructed images of shape ``(B, 3, H, W)``; values in [0, 1] if the network ends in a sigmoid.
+
+        Raises:
+            ValueError: If the images are not of the size that the network was built for.
+        """
+        if torch.compiler.is_compiling():  # the number of images is symbolic in an exported graph
+            return self._reconstruct(images)
+        return torch.cat([self._reconstruct(image) for image in images.split(1)])
+
+    def _reconstruct(self, images: Tensor) -> Tensor:
+        embedded = self.patch_embedding(self.patchify(images))
+        windows = zip(
+            self.tokens.split(self.windows_per_chunk), self.covered.split(self.windows_per_chunk), strict=True
+        )
+        patches = torch.cat([self._inpaint(embedded[:, tokens], tokens, covered) for tokens, covered in windows], dim=1)
+        return self.unpatchify(patches)
+
+    def inpaint(self, patches: Tensor, image_index: Tensor, tokens: Tensor, covered: Tensor) -> Tensor:
+        """Inpaint one patch in each of n windows, which may come from different images.
+
+        Args:
+            patches (Tensor): Patches of the images, shape ``(B, N * M, K * K * 3)``; see :meth:`patchify`.
+            image_index (Tensor): The image of each window, shape ``(n,)``.
+            tokens (Tensor): The patches of each window as row-major indices in the grid, shape ``(n, L * L)``.
+            covered (Tensor): The covered patch of each window as an index in the window, shape ``(n,)``.
+
+        Returns:
+            Tensor: Inpainted patches of shape ``(n, K * K * 3)``.
+        """
+        embedded = self.patch_embedding(patches)
+        return self._inpaint(embedded[image_index[:, None], tokens][None], tokens, covered)[0]
+
+    def _inpaint(self, embedded: Tensor, tokens: Tensor, covered: Tensor) -> Tensor:
+        """Inpaint the covered patches of windows of embedded patches, ``(B, n, L * L, D) -> (B, n, K * K * 3)``."""
+        is_covered = functional.one_hot(covered, self.window_size**2).bool().unsqueeze(-1)
+        sequence = torch.where(is_covered, self.inpaint_token, embedded)  # eqs. 3-5
+        sequence = sequence + (
+            self.position_embedding[tokens] if self.position == "global" else self.position_embedding
+        )
+        output = self._transform(sequence.flatten(0, 1)).unflatten(0, (-1, len(covered)))
+        if self.readout == "mean":
+            output = output.mean(dim=2)
+        else:
+            output = output[:, torch.arange(len(covered), device=covered.device), covered]
+        return self.output(self.head(output))
+
+    def _transform(self, sequence: Tensor) -> Tensor:
+        """Pass sequences of shape ``(B, T, D)`` through the blocks, with long residual connections."""
+        depth = len(self.blocks)
+        early: list[Tensor] = []
+        for index, block in enumerate(self.blocks):
+            if self.long_residuals and index >= depth - depth // 2:
+                sequence = sequence + early.pop()
+            sequence = block(sequence)
+            if self.long_residuals and index < depth // 2:
+                early.append(sequence)
+        return sequence
+
+    def draw_windows(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw windows anywhere in the grid, each with a random patch covered (section 3.4).
+
+        Args:
+            count (int): Number of windows n.
+            generator (torch.Generator): Source of randomness, on the device of the model.
+
+        Returns:
+            tuple[Tensor, Tensor]: ``tokens`` of shape ``(n, L * L)`` and ``covered`` of shape ``(n,)``; see
+                :meth:`inpaint`.
+        """
+        rows, cols, covered = (
+            torch.randint(high, (count,), generator=generator, device=generator.device)
+            for high in (
+                self.grid_size[0] - self.window_size + 1,
+                self.grid_size[1] - self.window_size + 1,
+                self.window_size**2,
+            )
+        )
+        return self._window_tokens(rows, cols), covered
+
+    def _centred_windows(self) -> tuple[Tensor, Tensor]:
+        """For each patch of the grid, the window in which it is as central as the border allows (eqs. 13-15)."""
+
+        def start(position: Tensor, length: int) -> Tensor:  # r of eq. 13 and s of eq. 14, counted from 0
+            return (position - self.window_size // 2).clamp(0, length - self.window_size)
+
+        rows, cols = (grid.flatten() for grid in torch.meshgrid(*map(torch.arange, self.grid_size), indexing="ij"))
+        top, left = start(rows, self.grid_size[0]), start(cols, self.grid_size[1])
+        return self._window_tokens(top, left), (rows - top) * self.window_size + (cols - left)
+
+    def _window_tokens(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """Grid indices of the windows whose upper left patches are at ``rows``, ``cols``: ``(n,) -> (n, L * L)``."""
+        side = torch.arange(self.window_size, device=rows.device)
+        grid_rows = rows[:, None, None] + side[:, None]
+        grid_cols = cols[:, None, None] + side
+        return (grid_rows * self.grid_size[1] + grid_cols).flatten(1)
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """Cut images into patches.
+
+        Args:
+            images (Tensor): Images of shape ``(B, 3, H, W)``.
+
+        Returns:
+            Tensor: Patches of shape ``(B, N * M, K * K * 3)``, in row-major order.
+
+        Raises:
+            ValueError: If the images are not of the size that the network was built for.
+        """
+        if images.shape[1:] != (NUM_CHANNELS, *self.image_size):
+            msg = (
+                f"images must have shape (B, {NUM_CHANNELS}, {self.image_size[0]}, {self.image_size[1]}), got "
+                f"{tuple(images.shape)}; resize them or build the model with their image_size."
+            )
+            raise ValueError(msg)
+        rows, cols = self.grid_size
+        patches = images.reshape(-1, NUM_CHANNELS, rows, self.patch_size, cols, self.patch_size)
+        return patches.permute(0, 2, 4, 3, 5, 1).reshape(-1, rows * cols, self.patch_size**2 * NUM_CHANNELS)
+
+    def pixels(self, patches: Tensor) -> Tensor:
+        """Show patches as images, ``(n, K * K * 3) -> (n, 3, K, K)``."""
+        return patches.reshape(-1, self.patch_size, self.patch_size, NUM_CHANNELS).permute(0, 3, 1, 2)
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """Put patches together again, ``(B, N * M, K * K * 3) -> (B, 3, H, W)``."""
+        rows, cols = self.grid_size
+        images = patches.reshape(-1, rows, cols, self.patch_size, self.patch_size, NUM_CHANNELS)
+        return images.permute(0, 5, 1, 3, 2, 4).reshape(-1, NUM_CHANNELS, *self.image_size)
+
+
+def check_sizes(image_size: tuple[int, int], patch_size: int, window_size: int) -> None:
+    """Check that patches tile the image and that a window fits in their grid.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    if min(*image_size, patch_size, window_size) < 1:
+        msg = f"image_size, patch_size and window_size must be positive, got {image_size}, {patch_size}, {window_size}."
+        raise ValueError(msg)
+    if any(size % patch_size for size in image_size):
+        msg = (
+            f"image_size must be a multiple of patch_size, got {image_size[0]} x {image_size[1]} and {patch_size}; "
+            f"the nearest smaller one is {image_size[0] // patch_size * patch_size} x "
+            f"{image_size[1] // patch_size * patch_size}."
+        )
+        raise ValueError(msg)
+    grid_size = tuple(size // patch_size for size in image_size)
+    if window_size > min(grid_size):
+        msg = (
+            f"window_size must not exceed the grid of {grid_size[0]} x {grid_size[1]} patches, got {window_size}; "
+            "use a smaller window_size, a smaller patch_size or a larger image_size."
+        )
+        raise ValueError(msg)
+    if window_size == 1:
+        msg = "window_size must be at least 2, got 1: a window needs patches to inpaint the covered one from."
+        raise ValueError(msg)
+
+
+def check_network(embed_dim: int, depth: int, num_heads: int, windows_per_chunk: int) -> None:
+    """Check the sizes of the network.
+
+    Raises:
+        ValueError: If one is not positive, or the heads do not divide half of ``embed_dim``.
+    """
+    for name, value in (("depth", depth), ("num_heads", num_heads), ("windows_per_chunk", windows_per_chunk)):
+        if value < 1:
+            msg = f"{name} must be at least 1, got {value}."
+            raise ValueError(msg)
+    if embed_dim < 1 or embed_dim % (2 * num_heads):
+        msg = f"embed_dim must be a multiple of twice num_heads, got {embed_dim} and {num_heads} heads."
+        raise ValueError(msg)

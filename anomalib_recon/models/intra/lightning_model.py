@@ -371,6 +371,7 @@ class InTra(AnomalibModule):
             batch_size=loader.batch_size,
             num_workers=loader.num_workers,
             collate_fn=loader.collate_fn,
+            generator=torch.Generator(),  # leaves the global random numbers alone, for the sake of resumed runs
         ):
             images = batch.image.to(self.device)
             yield transform(images) if transform else images

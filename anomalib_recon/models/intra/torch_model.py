@@ -168,12 +168,12 @@ class InTraModel(nn.Module):
         self.window_size = window_size
         self.grid_size = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.long_residuals = long_residuals
-        self.position = position
+        self.is_global = position == "global"
         self.readout = readout
         self.windows_per_chunk = windows_per_chunk
 
         patch_dim = patch_size**2 * NUM_CHANNELS
-        num_positions = self.grid_size[0] * self.grid_size[1] if position == "global" else window_size**2
+        num_positions = self.grid_size[0] * self.grid_size[1] if self.is_global else window_size**2
         self.patch_embedding = nn.Linear(patch_dim, embed_dim, bias=False)
         self.position_embedding = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_positions, embed_dim), std=0.02))
         self.inpaint_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(embed_dim), std=0.02))
@@ -249,15 +249,16 @@ class InTraModel(nn.Module):
             Tensor: Inpainted patches of shape ``(n, K * K * 3)``.
         """
         embedded = self.patch_embedding(patches)
-        return self._inpaint(embedded[image_index[:, None], tokens][None], tokens, covered)[0]
+        # an embedding look-up, unlike indexing, has a deterministic gradient on every device
+        rows = image_index[:, None] * embedded.shape[1] + tokens
+        return self._inpaint(functional.embedding(rows, embedded.flatten(0, 1))[None], tokens, covered)[0]
 
     def _inpaint(self, embedded: Tensor, tokens: Tensor, covered: Tensor) -> Tensor:
         """Inpaint the covered patches of windows of embedded patches, ``(B, n, L * L, D) -> (B, n, K * K * 3)``."""
         is_covered = functional.one_hot(covered, self.window_size**2).bool().unsqueeze(-1)
         sequence = torch.where(is_covered, self.inpaint_token, embedded)  # eqs. 3-5
-        sequence = sequence + (
-            self.position_embedding[tokens] if self.position == "global" else self.position_embedding
-        )
+        position = functional.embedding(tokens, self.position_embedding) if self.is_global else self.position_embedding
+        sequence = sequence + position
         output = self._transform(sequence.flatten(0, 1)).unflatten(0, (-1, len(covered)))
         if self.readout == "mean":
             output = output.mean(dim=2)

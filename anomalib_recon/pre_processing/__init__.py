@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""A pre-processor whose exported resize is the one the model was trained with."""
+
+from .pre_processor import ExactResizePreProcessor
+from .resize import AntialiasResize
+
+__all__ = ["AntialiasResize", "ExactResizePreProcessor"]

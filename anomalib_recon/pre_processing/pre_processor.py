@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""A pre-processor whose exported resize is the one the model was trained with.
+
+anomalib trains with an antialiased resize and switches the antialiasing off for export. An image that does not have the
+model's own size then gets other scores from the exported model than from the checkpoint.
+
+Example:
+    >>> from torchvision.transforms.v2 import Resize
+    >>> from anomalib_recon.pre_processing import ExactResizePreProcessor
+    >>> pre_processor = ExactResizePreProcessor(Resize((256, 256), antialias=True))
+"""
+
+from typing import Any
+
+from anomalib.pre_processing import PreProcessor
+from anomalib.pre_processing.utils.transform import get_exportable_transform
+from torchvision.transforms.v2 import Compose, InterpolationMode, Resize, Transform
+
+from .resize import AntialiasResize
+
+
+class ExactResizePreProcessor(PreProcessor):
+    """Pre-processor that resizes alike in training, in inference and in exported models.
+
+    This holds for each antialiased bilinear ``Resize`` to a fixed height and width. A ``Resize`` with another
+    interpolation, or of the shorter side, and all other transforms are exported as anomalib does it.
+
+    Args:
+        transform (Transform | None): Transform to apply to the data before passing it to the model.
+            Defaults to ``None``.
+    """
+
+    def __init__(self, transform: Transform | None = None) -> None:
+        super().__init__(transform)
+        self.export_transform = _get_exact_export_transform(transform)
+
+    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
+        """Restore the transform and rebuild its exportable version.
+
+        Args:
+            config (dict[str, Any]): What ``checkpoint_config`` returned.
+        """
+        super().load_checkpoint_config(config)
+        self.export_transform = _get_exact_export_transform(self.transform)
+
+
+def _get_exact_export_transform(transform: Transform | None) -> Transform | None:
+    """Get an exportable version of a transform that keeps the antialiasing."""
+    return get_exportable_transform(None if transform is None else _replace_resize(transform))
+
+
+def _replace_resize(transform: Transform) -> Transform:
+    """Replace each antialiased bilinear resize to a fixed size, also in nested compositions."""
+    if isinstance(transform, Compose):
+        return Compose([_replace_resize(part) for part in transform.transforms])
+    if (
+        isinstance(transform, Resize)
+        and transform.antialias
+        and transform.interpolation == InterpolationMode.BILINEAR
+        and transform.size is not None
+        and len(transform.size) == 2
+    ):
+        height, width = transform.size
+        return AntialiasResize((height, width))
+    return transform

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data import ImageBatch, ImageItem
+from anomalib.visualization import ImageVisualizer
+from lightning.pytorch import LightningModule, Trainer
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.tv_tensors import Mask
+
+from anomalib_recon.visualization import ReconstructionVisualizer
+
+SIDE = 256  # a panel's side in anomalib's pictures
+PANELS = ["image", "gt_mask", "reconstruction", "image + anomaly_map", "image + pred_mask"]
+BELOW_TITLE = SIDE // 4
+
+
+def _reconstruct(images):
+    return 1 - images
+
+
+class _Inverter(LightningModule):
+    """A model that takes the negative of an image for its reconstruction."""
+
+    def test_step(self, batch):
+        anomaly_map = batch.image.mean(dim=1)
+        batch.update(pred_score=anomaly_map.amax(dim=(1, 2)), anomaly_map=anomaly_map, pred_mask=anomaly_map > 0.5)
+        batch.reconstruction = _reconstruct(batch.image)
+        return batch
+
+    predict_step = test_step
+
+
+@pytest.fixture
+def items(tmp_path):
+    items = []
+    for index in range(3):
+        pixels = np.random.default_rng(index).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+        path = tmp_path / f"{index}.png"
+        Image.fromarray(pixels).save(path)
+        image = torch.from_numpy(pixels).permute(2, 0, 1) / 255
+        items.append(ImageItem(image=image, image_path=str(path), gt_mask=Mask(image[0] > 0.5)))
+    return items
+
+
+@pytest.fixture
+def batch(items):
+    return _Inverter().test_step(ImageBatch.collate(items))
+
+
+def _panel(picture, name):
+    left = PANELS.index(name) * SIDE
+    return np.asarray(picture.crop((left, BELOW_TITLE, left + SIDE, SIDE)))
+
+
+def _pixels(image):
+    return (image * 255).byte().permute(1, 2, 0)[BELOW_TITLE:].numpy()
+
+
+def _assert_shows(picture, item):
+    assert picture.size == (len(PANELS) * SIDE, SIDE)
+    np.testing.assert_allclose(_panel(picture, "image"), _pixels(item.image), atol=1)
+    np.testing.assert_array_equal(_panel(picture, "reconstruction"), _pixels(_reconstruct(item.image)))
+
+
+def test_pictures_show_the_reconstruction(batch, items):
+    pictures = ReconstructionVisualizer()(batch)
+    for picture, item in zip(pictures, items, strict=True):
+        _assert_shows(picture, item)
+        np.testing.assert_array_equal(_panel(picture, "gt_mask")[..., 0] > 0, item.gt_mask[BELOW_TITLE:].numpy())
+
+
+def test_batch_of_one_gives_one_picture(items):
+    batch = _Inverter().test_step(ImageBatch.collate(items[:1]))
+    _assert_shows(ReconstructionVisualizer()(batch), items[0])
+
+
+def test_without_ground_truth_its_panel_is_left_out(batch):
+    batch.update(gt_mask=None)
+    assert [picture.size for picture in ReconstructionVisualizer()(batch)] == [(4 * SIDE, SIDE)] * 3
+
+
+def test_without_reconstruction_pictures_are_anomalibs(batch):
+    del batch.reconstruction
+    for own, expected in zip(ReconstructionVisualizer()(batch), ImageVisualizer()(batch), strict=True):
+        np.testing.assert_array_equal(np.asarray(own), np.asarray(expected))
+
+
+@pytest.mark.parametrize("stage", ["test", "predict"])
+def test_pictures_are_saved_during(stage, items, tmp_path):
+    trainer = Trainer(
+        accelerator="cpu",
+        callbacks=ReconstructionVisualizer(),
+        default_root_dir=tmp_path,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        logger=False,
+    )
+    getattr(trainer, stage)(_Inverter(), DataLoader(items, batch_size=2, collate_fn=ImageBatch.collate))
+    pictures = sorted((tmp_path / "images").rglob("*.png"))
+    assert len(pictures) == len(items)
+    for path, item in zip(pictures, items, strict=True):
+        with Image.open(path) as picture:
+            _assert_shows(picture, item)

@@ -37,6 +37,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Compose, Resize
 from tqdm.auto import tqdm
 
+from anomalib_recon.data.image_files import check_image_files
 from anomalib_recon.metrics import RawScoreEvaluator
 from anomalib_recon.pre_processing import ExactResizePreProcessor
 from anomalib_recon.visualization import ReconstructionVisualizer
@@ -206,9 +207,13 @@ class InTra(AnomalibModule):
         """Hold out a part of the normal training images.
 
         Raises:
-            ValueError: If no normal image is left to train on.
+            ValueError: If an image cannot be used, or no normal image is left to train on.
         """
-        self._normal_set = normal_training_set(self.trainer.train_dataloader.dataset)
+        dataset = self.trainer.train_dataloader.dataset
+        self._normal_set = normal_training_set(dataset)
+        for images in (dataset, getattr(self.trainer.datamodule, "val_data", None)):
+            if images is not None:
+                check_image_files(images.samples.image_path)
         paths = [str(path) for path in self._normal_set.samples.image_path]
         count = min(self.max_held_out, max(1, round(self.held_out_fraction * len(paths))))
         if count >= len(paths):
@@ -401,7 +406,7 @@ class InTra(AnomalibModule):
         with torch.autocast(self.device.type, enabled=False):
             predictions = self.model.score(batch.image, reconstruction)
         batch.update(**predictions._asdict())
-        batch.reconstruction = reconstruction
+        batch.reconstruction = reconstruction.clamp(0, 1).cpu()  # for the pictures
         return batch
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+
+import math
+
+import pytest
+import torch
+
+from anomalib_recon.models.intra.torch_model import InTraModel, MultiheadFeatureSelfAttention, MultiheadSelfAttention
+
+SMALL = {"image_size": (48, 40), "patch_size": 8, "window_size": 3, "embed_dim": 16, "depth": 3, "num_heads": 2}
+
+
+def small_model(**kwargs) -> InTraModel:
+    torch.manual_seed(0)
+    return InTraModel(**{**SMALL, **kwargs}).eval()
+
+
+def windows_by_the_paper(rows: int, cols: int, side: int) -> dict[tuple[int, int], tuple[int, int]]:
+    """Eqs. (13)-(15) of version 1, (4)-(5) of version 3, as printed: counted from 1."""
+
+    def g(c: int) -> int:
+        return max(1, c - side // 2)
+
+    return {
+        (t, u): (g(t) - max(0, g(t) + side - rows - 1), g(u) - max(0, g(u) + side - cols - 1))
+        for t in range(1, rows + 1)
+        for u in range(1, cols + 1)
+    }
+
+
+def test_default_network_has_the_size_of_the_paper() -> None:
+    parameters = sum(parameter.numel() for parameter in InTraModel().parameters())
+    assert parameters == 55_551_232  # 55.55 M
+
+
+@pytest.mark.parametrize(("rows", "cols", "side"), [(8, 8, 7), (9, 9, 7), (7, 7, 7), (6, 9, 4), (5, 8, 5), (10, 6, 3)])
+def test_windows_are_placed_by_the_equations(rows: int, cols: int, side: int) -> None:
+    model = small_model(image_size=(rows * 8, cols * 8), window_size=side)
+    for (t, u), (r, s) in windows_by_the_paper(rows, cols, side).items():
+        index = (t - 1) * cols + (u - 1)
+        expected = [(r - 1 + i) * cols + (s - 1 + j) for i in range(side) for j in range(side)]
+        assert model.tokens[index].tolist() == expected
+        assert model.tokens[index, model.covered[index]] == index
+
+
+@pytest.mark.parametrize("attention", ["mfsa", "msa"])
+@pytest.mark.parametrize("position", ["global", "local"])
+@pytest.mark.parametrize("readout", ["mean", "token"])
+def test_a_patch_is_painted_from_the_rest_of_its_window_alone(attention: str, position: str, readout: str) -> None:
+    model = small_model(attention=attention, position=position, readout=readout, sigmoid=False)
+    images = torch.rand(1, 3, 48, 40)
+    reconstruction = model.patchify(model.reconstruct(images))
+    for covered in range(0, 30, 7):
+        window = set(model.tokens[covered].tolist())
+        for changed in range(30):
+            patches = model.patchify(images)
+            patches[:, changed] = torch.rand_like(patches[:, changed])
+            painted = model.patchify(model.reconstruct(model.unpatchify(patches)))
+            same = torch.equal(painted[:, covered], reconstruction[:, covered])
+            assert same == (changed == covered or changed not in window)
+
+
+def test_reconstruction_equals_one_forward_for_each_patch() -> None:
+    model = small_model(window_size=5)
+    images = torch.rand(2, 3, 48, 40)
+    rows, cols = model.grid_size
+    expected = torch.empty_like(images)
+    for (t, u), (r, s) in windows_by_the_paper(rows, cols, 5).items():
+        for image, painted in zip(images, expected, strict=True):
+            window = [(i, j) for i in range(r - 1, r + 4) for j in range(s - 1, s + 4)]
+            sequence = []
+            for i, j in window:
+                patch = image[:, i * 8 : i * 8 + 8, j * 8 : j * 8 + 8].permute(1, 2, 0).flatten()
+                token = model.inpaint_token if (i, j) == (t - 1, u - 1) else patch @ model.patch_embedding.weight.T
+                sequence.append(token + model.position_embedding[i * cols + j])
+            hidden = torch.stack(sequence)[None]
+            first = model.blocks[0](hidden)
+            hidden = model.blocks[2](model.blocks[1](first) + first)
+            pixels = torch.sigmoid(model.head(hidden.mean(dim=1)))
+            painted[:, t * 8 - 8 : t * 8, u * 8 - 8 : u * 8] = pixels.reshape(8, 8, 3).permute(2, 0, 1)
+    torch.testing.assert_close(model.reconstruct(images), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_chunks_change_no_result(chunk: int) -> None:
+    images = torch.rand(2, 3, 48, 40)
+    expected = small_model().reconstruct(images)
+    torch.testing.assert_close(small_model(windows_per_chunk=chunk).reconstruct(images), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [1, 4, 5, 13])
+def test_long_residuals_pair_early_with_late_blocks(depth: int) -> None:
+    model = small_model(depth=depth)
+    inputs, outputs = {}, {}
+    for index, block in enumerate(model.blocks):
+
+        def record(_block, args, output, index: int = index) -> None:
+            inputs[index], outputs[index] = args[0], output
+
+        block.register_forward_hook(record)
+    model._transform(torch.randn(1, 9, 16))
+    for late in range(1, depth):
+        early = depth - 1 - late
+        added = outputs[early] if early < depth // 2 <= late and early != late else 0
+        torch.testing.assert_close(inputs[late], outputs[late - 1] + added)
+    if depth == 13:
+        assert [depth - 1 - index for index in range(depth // 2)] == [12, 11, 10, 9, 8, 7]
+
+
+def test_without_long_residuals_the_blocks_are_a_plain_stack() -> None:
+    model = small_model(long_residuals=False)
+    sequence = torch.randn(1, 9, 16)
+    torch.testing.assert_close(model._transform(sequence), torch.nn.Sequential(*model.blocks)(sequence))
+
+
+@pytest.mark.parametrize(
+    ("attention_class", "width"), [(MultiheadFeatureSelfAttention, 12), (MultiheadSelfAttention, 24)]
+)
+def test_attention_equals_plain_einsums(attention_class: type[MultiheadSelfAttention], width: int) -> None:
+    torch.manual_seed(0)
+    attention = attention_class(embed_dim=24, num_heads=3)
+    tokens = torch.randn(2, 5, 24)
+    query, key, value = (
+        project(tokens).reshape(2, 5, 3, -1) for project in (attention.query, attention.key, attention.value)
+    )
+    assert query.shape == key.shape == (2, 5, 3, width // 3)
+    weights = torch.einsum("bthd,bshd->bhts", query, key) / math.sqrt(width // 3)
+    mixed = torch.einsum("bhts,bshd->bthd", weights.softmax(dim=-1), value).reshape(2, 5, 24)
+    torch.testing.assert_close(attention(tokens), mixed @ attention.unify.weight.T + attention.unify.bias)
+
+
+def test_feature_self_attention_has_the_hidden_width_of_the_paper() -> None:
+    attention = MultiheadFeatureSelfAttention(embed_dim=24, num_heads=3)
+    assert [tuple(layer.weight.shape) for layer in attention.query if hasattr(layer, "weight")] == [(48, 24), (12, 48)]
+
+
+def test_patches_are_row_major_and_reversible() -> None:
+    model = small_model()
+    images = torch.rand(2, 3, 48, 40)
+    patches = model.patchify(images)
+    assert patches.shape == (2, 30, 192)
+    torch.testing.assert_close(model.pixels(patches[1, 7:8])[0], images[1, :, 8:16, 16:24])
+    torch.testing.assert_close(model.unpatchify(patches), images)
+
+
+def test_windows_are_drawn_everywhere_and_repeatably() -> None:
+    model = small_model()
+    tokens, covered = model.draw_windows(4000, torch.Generator().manual_seed(0))
+    assert tokens.shape == (4000, 9)
+    assert set(covered.tolist()) == set(range(9))
+    assert set(tokens[:, 0].tolist()) == {row * 5 + col for row in range(4) for col in range(3)}
+    assert bool((tokens.diff(dim=1) > 0).all())
+    again, _ = model.draw_windows(4000, torch.Generator().manual_seed(0))
+    assert torch.equal(tokens, again)
+
+
+def test_scores_follow_from_the_reconstruction() -> None:
+    model = small_model()
+    model.normal_difference.fill_(0.1)
+    images = torch.rand(2, 3, 48, 40)
+    predictions = model(images)
+    difference = model.anomaly_map_generator.difference(images, model.reconstruct(images))
+    torch.testing.assert_close(predictions.anomaly_map, (difference - 0.1) ** 2)
+    torch.testing.assert_close(predictions.pred_score, predictions.anomaly_map.flatten(1).max(dim=1).values)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"image_size": (50, 40)}, "image_size must be a multiple of patch_size, got 50 x 40"),
+        ({"window_size": 6}, "window_size must not exceed the grid of 6 x 5 patches, got 6"),
+        ({"window_size": 1}, "window_size must be at least 2"),
+        ({"patch_size": 0}, "patch_size"),
+        ({"embed_dim": 18}, "embed_dim must be a multiple of twice num_heads, got 18"),
+        ({"depth": 0}, "depth must be at least 1, got 0"),
+        ({"windows_per_chunk": 0}, "windows_per_chunk must be at least 1, got 0"),
+        ({"attention": "linear"}, "attention must be one of .* got 'linear'"),
+        ({"position": "none"}, "position must be one of"),
+        ({"readout": "max"}, "readout must be one of"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        small_model(**arguments)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 40, 48), (1, 1, 48, 40), (3, 48, 40)])
+def test_images_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"images must have shape \(B, 3, 48, 40\), got"):
+        small_model().reconstruct(torch.rand(shape))

@@ -128,15 +128,15 @@ def main(args: Sequence[str] | None = None) -> int:
             break
         chosen = size
 
-    print("image size  held-out loss")  # noqa: T201
+    print("image size  held-out loss")
     for size, loss in losses.items():
-        print(f"{size:>10}  {loss:.6f}{'  <- chosen' if size == chosen else ''}")  # noqa: T201
+        print(f"{size:>10}  {loss:.6f}{'  <- chosen' if size == chosen else ''}")
     path = Path(config.output) / "intra.yaml"
     ready = with_image_size(config, chosen)
     for key in ("config", "image_sizes", "epochs", "output"):
         ready.pop(key, None)
     write(path, parser.dump(ready, skip_none=True, skip_default=True, skip_check=True))
-    print(f"anomalib train --config {path}")  # noqa: T201
+    print(f"anomalib train --config {path}")
     return chosen
 
 

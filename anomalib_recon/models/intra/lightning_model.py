@@ -20,17 +20,19 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
 from anomalib import LearningType
-from anomalib.data import AnomalibDataset, ImageBatch
+from anomalib.data import AnomalibDataset, Batch, ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.utils.config import to_tuple
 from anomalib.visualization import Visualizer
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -44,6 +46,7 @@ from anomalib_recon.visualization import ReconstructionVisualizer
 
 from .loss import InTraLoss
 from .torch_model import NUM_CHANNELS, InTraModel
+from .training_images import draw_held_out, load_images, normal_training_set, rotate_and_flip
 
 logger = logging.getLogger(__name__)
 
@@ -209,39 +212,32 @@ class InTra(AnomalibModule):
         Raises:
             ValueError: If an image cannot be used, or no normal image is left to train on.
         """
-        dataset = self.trainer.train_dataloader.dataset
+        dataset = cast("AnomalibDataset", self._train_loader.dataset)
+        check_image_files(dataset.samples.image_path)
+        if datamodule := getattr(self.trainer, "datamodule", None):
+            check_image_files(datamodule.val_data.samples.image_path)
         self._normal_set = normal_training_set(dataset)
-        for images in (dataset, getattr(self.trainer.datamodule, "val_data", None)):
-            if images is not None:
-                check_image_files(images.samples.image_path)
         paths = [str(path) for path in self._normal_set.samples.image_path]
-        count = min(self.max_held_out, max(1, round(self.held_out_fraction * len(paths))))
-        if count >= len(paths):
-            msg = (
-                f"The training set has {len(paths)} normal images, of which {count} would be held out "
-                f"(held_out_fraction={self.held_out_fraction}): none is left to train on; add images."
-            )
-            raise ValueError(msg)
-        if not set(self._held_out_paths) <= set(paths) or not self._held_out_paths:
-            self._held_out_paths = [paths[index] for index in torch.randperm(len(paths))[:count]]
+        if not self._held_out_paths or not set(self._held_out_paths) <= set(paths):
+            self._held_out_paths = draw_held_out(paths, self.held_out_fraction, self.max_held_out)
         self._held_out_paths = self.trainer.strategy.broadcast(self._held_out_paths)
         held_out = [index for index, path in enumerate(paths) if path in self._held_out_paths]
         self._num_training_images = len(paths) - len(held_out)
-        self._held_out_images = torch.cat(list(self._images(held_out)))
+        self._held_out_images = torch.cat(list(self._load(held_out)))
         self._started = time.monotonic()
 
-    def training_step(self, batch: ImageBatch, *args, **kwargs) -> None:
+    def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> None:
         """Draw windows from the images of the batch and take an optimiser step for every ``windows_per_step`` of them.
 
         Args:
-            batch (ImageBatch): Batch of training images.
-            *args: Not used.
-            **kwargs: Not used.
+            batch (Batch): Batch of training images.
+            *args (Any): Not used.
+            **kwargs (Any): Not used.
         """
         del args, kwargs
         images = self._training_images(batch)
         # every process takes as many optimiser steps as the others, however many images it holds out
-        counts = self.all_gather(torch.tensor(len(images), device=self.device))
+        counts = cast("Tensor", self.all_gather(torch.tensor(len(images), device=self.device)))
         if counts.min() == 0:
             return
         num_windows = self.windows_per_image * int(counts.max())
@@ -260,13 +256,13 @@ class InTra(AnomalibModule):
         self.log("train_loss", loss, prog_bar=True)
         self.log("windows_per_second", num_windows / (time.monotonic() - start), prog_bar=True)
 
-    def _training_images(self, batch: ImageBatch) -> Tensor:
+    def _training_images(self, batch: Batch) -> Tensor:
         """Normal images of a batch that are not held out, shape ``(b, 3, H, W)``."""
+        images = cast("Tensor", batch.image)
+        paths = cast("list[str]", cast("ImageBatch", batch).image_path)
+        labels = torch.zeros(len(images)) if batch.gt_label is None else batch.gt_label
         held_out = set(self._held_out_paths)
-        labels = batch.gt_label if batch.gt_label is not None else torch.zeros(len(batch.image))
-        return batch.image[
-            [str(path) not in held_out and not label for path, label in zip(batch.image_path, labels, strict=True)]
-        ]
+        return images[[str(path) not in held_out and not label for path, label in zip(paths, labels, strict=True)]]
 
     def _optimise(self, images: Tensor, image_index: Tensor, generator: torch.Generator) -> Tensor:
         """Take an optimiser step on one window of each of the images ``image_index``, shape ``(n,)``."""
@@ -278,7 +274,7 @@ class InTra(AnomalibModule):
         original = patches[image_index, tokens.gather(1, covered[:, None]).squeeze(1)]
         loss = self.loss(self.model.pixels(inpainted), self.model.pixels(original))
 
-        optimizer = self.optimizers()
+        optimizer = cast("LightningOptimizer", self.optimizers())
         optimizer.zero_grad()
         self.manual_backward(loss)
         optimizer.step()
@@ -359,55 +355,74 @@ class InTra(AnomalibModule):
         """Mean of ``diff`` over the normal training images, shape ``(1, 1, H, W)``."""
         total = torch.zeros_like(self.model.normal_difference)
         count = len(self._normal_set)
-        for images in self._images(range(self.global_rank, count, self.trainer.world_size)):
+        for images in self._load(range(self.global_rank, count, self.trainer.world_size)):
             with self.trainer.precision_plugin.forward_context():
                 reconstruction = self.model.reconstruct(images)
             total += self.model.anomaly_map_generator.difference(images, reconstruction.float()).sum(0, keepdim=True)
         return self.trainer.strategy.reduce(total, reduce_op="sum") / count
 
-    def _images(self, indices: Sequence[int]) -> Iterator[Tensor]:
-        """Batches of pre-processed images of the normal training set, shape ``(b, 3, H, W)``."""
-        if len(indices) == 0:
-            return
-        loader = self.trainer.train_dataloader
+    def _load(self, indices: Sequence[int]) -> Iterator[Tensor]:
+        """Batches of pre-processed normal training images, shape ``(b, 3, H, W)``."""
         transform = getattr(self.pre_processor, "transform", None)
-        for batch in DataLoader(
-            self._normal_set.subsample(indices),
-            batch_size=loader.batch_size,
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-            generator=torch.Generator(),  # leaves the global random numbers alone, for the sake of resumed runs
-        ):
-            images = batch.image.to(self.device)
-            yield transform(images) if transform else images
+        for images in load_images(self._normal_set, indices, self._train_loader):
+            yield transform(images.to(self.device)) if transform else images.to(self.device)
 
-    def validation_step(self, batch: ImageBatch, *args, **kwargs) -> STEP_OUTPUT:
+    @property
+    def _train_loader(self) -> DataLoader:
+        return cast("DataLoader", self.trainer.train_dataloader)
+
+    def validation_step(self, batch: Batch, batch_idx: int, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Score a batch of images; see :meth:`test_step`."""
-        return self.test_step(batch, *args, **kwargs)
+        return self.test_step(batch, batch_idx, *args, **kwargs)
 
-    def predict_step(self, batch: ImageBatch, *args, **kwargs) -> STEP_OUTPUT:
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
         """Score a batch of images; see :meth:`test_step`."""
-        return self.test_step(batch, *args, **kwargs)
+        return self.test_step(batch, batch_idx, dataloader_idx)
 
-    def test_step(self, batch: ImageBatch, *args, **kwargs) -> STEP_OUTPUT:
+    def test_step(self, batch: Batch, batch_idx: int, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Score a batch of images and keep their reconstruction for the pictures.
 
         Args:
-            batch (ImageBatch): Batch of B pre-processed images.
-            *args: Not used.
-            **kwargs: Not used.
+            batch (Batch): Batch of B pre-processed images.
+            batch_idx (int): Not used.
+            *args (Any): Not used.
+            **kwargs (Any): Not used.
 
         Returns:
             STEP_OUTPUT: The batch with ``pred_score``, ``anomaly_map`` and ``reconstruction`` of shape
                 ``(B, 3, H, W)``.
         """
-        del args, kwargs
-        reconstruction = self.model.reconstruct(batch.image).float()
+        del batch_idx, args, kwargs
+        images = cast("Tensor", batch.image)
+        reconstruction = self.model.reconstruct(images).float()
         with torch.autocast(self.device.type, enabled=False):
-            predictions = self.model.score(batch.image, reconstruction)
-        batch.update(**predictions._asdict())
-        batch.reconstruction = reconstruction.clamp(0, 1).cpu()  # for the pictures
-        return batch
+            predictions = self.model.score(images, reconstruction)
+        scored = batch.update(**predictions._asdict())
+        scored.reconstruction = reconstruction.clamp(0, 1).cpu()
+        return scored
+
+    def to_onnx(  # type: ignore[override]  # as anomalib's
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> Path:
+        """Export to ONNX, in the operator set in which the graph is made.
+
+        anomalib asks for operator set 14, to which no converter brings this graph: the attempt ends in a printed
+        traceback, and the graph stays as it is.
+
+        Args:
+            export_root (Path | str): Folder for the export.
+            model_file_name (str): Name of the file, without ending.
+            input_size (tuple[int, int] | None): Height and width of the input; dynamic if ``None``.
+            **kwargs (Any): Arguments of ``torch.onnx.export``.
+
+        Returns:
+            Path: The exported file.
+        """
+        return super().to_onnx(export_root, model_file_name, input_size, **{"opset_version": 18, **kwargs})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what an interrupted run needs to continue as if it had not been."""
@@ -442,12 +457,12 @@ class InTra(AnomalibModule):
         return ExactResizePreProcessor(Compose([Resize(image_size or DEFAULT_IMAGE_SIZE, antialias=True)]))
 
     @staticmethod
-    def configure_evaluator() -> Evaluator:
+    def configure_evaluator() -> RawScoreEvaluator:
         """Image and pixel AUROC and F1 score, and pixel AUPRO, on raw scores."""
         return RawScoreEvaluator()
 
     @classmethod
-    def configure_visualizer(cls) -> Visualizer:
+    def configure_visualizer(cls) -> ReconstructionVisualizer:
         """Show image, ground truth, reconstruction, anomaly map and predicted mask."""
         return ReconstructionVisualizer()
 
@@ -479,43 +494,8 @@ def resolve_image_size(image_size: int | Sequence[int] | None, pre_processor: Pr
     resized = tuple(transform(torch.zeros(1, NUM_CHANNELS, 1, 1)).shape[-2:]) if transform else (1, 1)
     if image_size is None:
         return DEFAULT_IMAGE_SIZE if resized == (1, 1) else resized
-    size = to_tuple(image_size)
+    size = to_tuple(image_size)  # type: ignore[arg-type]
     if resized not in {(1, 1), size}:
         msg = f"image_size must be the size that pre_processor resizes to, got {size} and {resized}; leave one out."
         raise ValueError(msg)
     return size
-
-
-def normal_training_set(dataset: AnomalibDataset) -> AnomalibDataset:
-    """Normal images of a training set, without augmentations.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    normal = [index for index, label in enumerate(dataset.samples.label_index) if label == 0]
-    if not normal:
-        msg = "The training set has no normal image; check the root, the category and the folder of good images."
-        raise ValueError(msg)
-    dataset = dataset.subsample(normal)
-    dataset.augmentations = None
-    return dataset
-
-
-def rotate_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Rotate each image by a random multiple of 90 degrees and flip it, or not; 180 degrees if it is not square.
-
-    Args:
-        images (Tensor): Images of shape ``(B, C, H, W)``.
-        generator (torch.Generator): Source of randomness, on the device of the images.
-
-    Returns:
-        Tensor: Images of the same shape.
-    """
-
-    def maybe(changed: Tensor) -> Tensor:
-        coin = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < 0.5
-        return torch.where(coin, changed, images)
-
-    images = maybe(images.flip(-1))
-    images = maybe(images.flip(-2))
-    return maybe(images.transpose(-1, -2)) if images.shape[-1] == images.shape[-2] else images

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Images that InTra trains on: the normal ones, those held out of them, and their augmentation (section 4.1)."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from anomalib.data import AnomalibDataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+
+def normal_training_set(dataset: AnomalibDataset) -> AnomalibDataset:
+    """Normal images of a training set, without augmentations.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    normal = [index for index, label in enumerate(dataset.samples.label_index) if label == 0]
+    if not normal:
+        msg = "The training set has no normal image; check the root, the category and the folder of good images."
+        raise ValueError(msg)
+    dataset = dataset.subsample(normal)
+    dataset.augmentations = None
+    return dataset
+
+
+def draw_held_out(paths: Sequence[str], fraction: float, max_count: int) -> list[str]:
+    """Draw images to hold out of training; at least one.
+
+    Args:
+        paths (Sequence[str]): Normal training images.
+        fraction (float): Fraction to hold out.
+        max_count (int): Most images to hold out.
+
+    Returns:
+        list[str]: Paths of the held-out images.
+
+    Raises:
+        ValueError: If none would be left to train on.
+    """
+    count = min(max_count, max(1, round(fraction * len(paths))))
+    if count >= len(paths):
+        msg = (
+            f"The training set has {len(paths)} normal images, of which {count} would be held out "
+            f"(held_out_fraction={fraction}): none is left to train on; add images."
+        )
+        raise ValueError(msg)
+    return [paths[index] for index in torch.randperm(len(paths))[:count]]
+
+
+def load_images(dataset: AnomalibDataset, indices: Sequence[int], loader: DataLoader) -> Iterator[Tensor]:
+    """Load images in order, in batches as those of a training dataloader.
+
+    Args:
+        dataset (AnomalibDataset): Images.
+        indices (Sequence[int]): Those to load.
+        loader (DataLoader): The training dataloader.
+
+    Yields:
+        Tensor: Images of shape ``(b, 3, h, w)``, not pre-processed.
+    """
+    if len(indices) == 0:
+        return
+    for batch in DataLoader(
+        dataset.subsample(indices),
+        batch_size=loader.batch_size,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        generator=torch.Generator(),  # leaves the global random numbers alone, for the sake of resumed runs
+    ):
+        yield batch.image
+
+
+def rotate_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Rotate each image by a random multiple of 90 degrees and flip it, or not; 180 degrees if it is not square.
+
+    Args:
+        images (Tensor): Images of shape ``(B, C, H, W)``.
+        generator (torch.Generator): Source of randomness, on the device of the images.
+
+    Returns:
+        Tensor: Images of the same shape.
+    """
+
+    def maybe(changed: Tensor) -> Tensor:
+        coin = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < 0.5
+        return torch.where(coin, changed, images)
+
+    images = maybe(images.flip(-1))
+    images = maybe(images.flip(-2))
+    return maybe(images.transpose(-1, -2)) if images.shape[-1] == images.shape[-2] else images

@@ -1,1 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def draw_stripes(random: np.random.Generator, size: tuple[int, int], hole: bool) -> tuple[np.ndarray, np.ndarray]:
+    """A striped texture (H, W) with values in [0, 1], with or without a flat hole, and the mask of the hole."""
+    rows, cols = np.mgrid[: size[0], : size[1]]
+    image = 0.5 + 0.25 * np.sin(2 * np.pi * cols / 8) + 0.2 * np.sign(np.sin(2 * np.pi * rows / 8))
+    image += random.normal(0, 0.02, size)
+    mask = np.zeros(size)
+    if hole:
+        top, left = random.integers(4, min(size) - 16, 2)
+        mask[top : top + 12, left : left + 12] = 1
+    return np.where(mask > 0, 0.6, image).clip(0, 1), mask
+
+
+def save(values: np.ndarray, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((values * 255).astype(np.uint8)).save(path)
+
+
+def write_stripes(root: Path, size: tuple[int, int] = (64, 64), num_train: int = 12) -> Path:
+    """Write the category ``stripes`` in MVTec AD's layout: normal training images, 4 good and 6 holed test images."""
+    random = np.random.default_rng(0)
+    folder = root / "stripes"
+    for index in range(num_train):
+        save(draw_stripes(random, size, hole=False)[0], folder / "train" / "good" / f"{index:03d}.png")
+    for index in range(4):
+        save(draw_stripes(random, size, hole=False)[0], folder / "test" / "good" / f"{index:03d}.png")
+    for index in range(6):
+        image, mask = draw_stripes(random, size, hole=True)
+        save(image, folder / "test" / "hole" / f"{index:03d}.png")
+        save(mask, folder / "ground_truth" / "hole" / f"{index:03d}_mask.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def stripes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root of a small dataset in MVTec AD's layout, with the category ``stripes``, 64 x 64 pixels."""
+    return write_stripes(tmp_path_factory.mktemp("data"))

@@ -2,6 +2,10 @@
 
 """The models. A class named in ``__all__`` is found by anomalib under its name."""
 
+from anomalib_recon.discovery import publish
+
 from .intra import InTra
 
 __all__ = ["InTra"]
+
+publish(__name__)

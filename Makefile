@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+PYTHON := .venv/bin/python
+
+.PHONY: quickstart test lint clean
+
+.venv: pyproject.toml constraints.txt
+	python3 -m venv .venv
+	.venv/bin/pip install -c constraints.txt -e ".[dev]"
+	touch .venv
+
+quickstart: .venv
+	$(PYTHON) -m anomalib_recon.quickstart
+
+test: .venv
+	$(PYTHON) -m pytest
+
+lint: .venv
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m mypy
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -217,7 +218,7 @@ def test_two_processes_train_one_model(stripes: Path, tmp_path: Path) -> None:
         [sys.executable, str(script), str(stripes), str(tmp_path)],
         check=True,
         cwd=project,
-        env={**__import__("os").environ, "PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"},
         timeout=300,
     )
     first, second = (tmp_path / f"rank{rank}.json" for rank in (0, 1))

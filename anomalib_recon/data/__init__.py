@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Data for trying the models without a download."""
+
+from .demo import DemoAD
+
+__all__ = ["DemoAD"]

@@ -20,7 +20,7 @@ Example:
 
     On the command line::
 
-        anomalib train --model InTra --data anomalib_recon.data.DemoAD --data.category grid
+        anomalib train --model InTra --data DemoAD --data.category grid
 
 Notes:
     The pictures show how a model is used and whether it works at all. Scores on them say nothing about real

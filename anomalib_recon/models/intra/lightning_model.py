@@ -199,6 +199,21 @@ class InTra(AnomalibModule):
         """Adam, as in section 4.1."""
         return torch.optim.Adam(self.model.parameters(), lr=self.learning_rate)
 
+    def setup(self, stage: str) -> None:
+        """Look at the image files before a long training, not in the middle of it.
+
+        Args:
+            stage (str): ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+
+        Raises:
+            ValueError: If an image cannot be used, or there is no normal training image.
+        """
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and datamodule:
+            normal_training_set(datamodule.train_data)
+            for dataset in (datamodule.train_data, datamodule.val_data):
+                check_image_files(dataset.samples.image_path)
+
     def on_fit_start(self) -> None:
         """Put validation off until training has ended, and continue an interrupted run's random numbers."""
         self._fitted = False
@@ -210,12 +225,9 @@ class InTra(AnomalibModule):
         """Hold out a part of the normal training images.
 
         Raises:
-            ValueError: If an image cannot be used, or no normal image is left to train on.
+            ValueError: If no normal image is left to train on.
         """
         dataset = cast("AnomalibDataset", self._train_loader.dataset)
-        check_image_files(dataset.samples.image_path)
-        if datamodule := getattr(self.trainer, "datamodule", None):
-            check_image_files(datamodule.val_data.samples.image_path)
         self._normal_set = normal_training_set(dataset)
         paths = [str(path) for path in self._normal_set.samples.image_path]
         if not self._held_out_paths or not set(self._held_out_paths) <= set(paths):
@@ -344,10 +356,11 @@ class InTra(AnomalibModule):
     def _held_out_loss(self) -> float:
         """Mean loss over all patches of the held-out images, each inpainted from its window as at inference."""
         total = torch.zeros((), device=self.device)
-        for image in self._held_out_images[self.global_rank :: self.trainer.world_size].split(1):
+        for image in self._held_out_images[self.global_rank :: self.trainer.world_size]:
             with self.trainer.precision_plugin.forward_context():
-                reconstruction = self.model.reconstruct(image)
-            total += self.loss(*(self.model.pixels(self.model.patchify(x)) for x in (reconstruction, image)))
+                reconstruction = self.model.reconstruct(image[None])
+            pair = (self.model.pixels(self.model.patchify(images)) for images in (reconstruction, image[None]))
+            total += self.loss(*pair)
         return float(self.trainer.strategy.reduce(total, reduce_op="sum")) / len(self._held_out_images)
 
     @torch.no_grad()

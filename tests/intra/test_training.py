@@ -180,18 +180,27 @@ def test_stop_by_another_callback_is_finished_and_saved(stripes: Path, tmp_path:
     torch.testing.assert_close(loaded.post_processor.image_threshold, model.post_processor.image_threshold)
 
 
-def test_a_long_run_is_announced(stripes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        train(stripes, tmp_path, max_epochs=10**7, max_time={"seconds": 1})
+@pytest.mark.parametrize(
+    ("trainer", "announced"),
+    [
+        ({"max_epochs": 10**8}, True),
+        ({"max_epochs": 2}, False),
+        ({"max_epochs": 10**8, "max_time": {"hours": 1}}, False),
+    ],
+)
+def test_a_long_run_is_announced(
+    stripes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, trainer: dict, announced: bool
+) -> None:
+    class Stop(Callback):
+        def on_train_epoch_start(self, trainer, pl_module) -> None:
+            if trainer.current_epoch == 1:
+                raise KeyError
+
+    with caplog.at_level(logging.WARNING), pytest.raises(KeyError):
+        train(stripes, tmp_path, callbacks=[Stop()], **trainer)
     lines = [record.message for record in caplog.records if "hours" in record.message]
-    assert len(lines) == 1
-    assert "anomalib_recon.quickstart" in lines[0]
-
-
-def test_a_short_run_is_not_announced(stripes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        train(stripes, tmp_path, max_epochs=2)
-    assert not any("hours" in record.message for record in caplog.records)
+    assert len(lines) == announced
+    assert all("anomalib_recon.quickstart" in line for line in lines)
 
 
 def test_bf16_mixed_precision_trains(stripes: Path, tmp_path: Path) -> None:

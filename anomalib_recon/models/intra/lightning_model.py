@@ -32,6 +32,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.utils.config import to_tuple
 from anomalib.visualization import Visualizer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
@@ -51,6 +52,20 @@ from .training_images import draw_held_out, load_images, normal_training_set, ro
 logger = logging.getLogger(__name__)
 
 DEFAULT_IMAGE_SIZE = (256, 256)
+# arguments that a checkpoint and the model it is loaded into must share
+NETWORK_ARGUMENTS = (
+    "image_size",
+    "patch_size",
+    "window_size",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "attention",
+    "long_residuals",
+    "position",
+    "readout",
+    "sigmoid",
+)
 # optimiser steps after which the length of the run is estimated, and the length from which on the user is told
 ESTIMATE_STEPS = 5
 LONG_RUN_HOURS = 3.0
@@ -211,7 +226,7 @@ class InTra(AnomalibModule):
         datamodule = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and datamodule:
             normal_training_set(datamodule.train_data)
-            for dataset in (datamodule.train_data, datamodule.val_data):
+            for dataset in filter(None, (datamodule.train_data, getattr(datamodule, "val_data", None))):
                 check_image_files(dataset.samples.image_path)
 
     def on_fit_start(self) -> None:
@@ -301,7 +316,11 @@ class InTra(AnomalibModule):
         num_steps = self.trainer.max_epochs * self._num_training_images * self.windows_per_image / self.windows_per_step
         if self.trainer.max_steps > 0:
             num_steps = min(num_steps, self.trainer.max_steps)
-        hours = num_steps * (time.monotonic() - self._started) / ESTIMATE_STEPS / 3600
+        seconds = num_steps * (time.monotonic() - self._started) / ESTIMATE_STEPS
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Timer):  # max_time
+                seconds = min(seconds, callback.time_remaining() or 0)
+        hours = seconds / 3600
         if hours > LONG_RUN_HOURS and self.trainer.is_global_zero:
             logger.warning(
                 "Training as asked may take up to %.0f hours on this machine, unless the held-out loss stops it "
@@ -448,7 +467,29 @@ class InTra(AnomalibModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Load what :meth:`on_save_checkpoint` saved."""
+        """Load what :meth:`on_save_checkpoint` saved.
+
+        Args:
+            checkpoint (dict[str, Any]): The checkpoint.
+
+        Raises:
+            ValueError: If it is of another model, or of a network with other arguments.
+        """
+        saved = checkpoint.get("hyper_parameters", {})
+        if "intra" not in checkpoint or not saved.keys() >= set(NETWORK_ARGUMENTS):
+            msg = "The checkpoint is not one of InTra, or of a version without some of its arguments; train anew."
+            raise ValueError(msg)
+        given = ", ".join(
+            f"{name}={saved[name]} (not {self.hparams[name]})"
+            for name in NETWORK_ARGUMENTS
+            if saved[name] != self.hparams[name]
+        )
+        if given:
+            msg = (
+                f"The checkpoint needs a model with {given}; pass these arguments, on the command line with the "
+                "config.yaml that lies with the results of the training."
+            )
+            raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
         state = checkpoint["intra"]
         self.held_out_losses = state["held_out_losses"]

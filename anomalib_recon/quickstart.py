@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Train, test, export and run a small InTra on drawn data, in minutes: ``python -m anomalib_recon.quickstart``.
+
+The commands that do the work are ``anomalib train`` and ``anomalib export``; they are printed as they are run, so that
+they can be run again with other data. Further arguments are passed on to ``anomalib train``, such as
+``--data.category leather`` or ``--default_root_dir results/leather``.
+"""
+
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from anomalib.cli.cli import AnomalibCLI
+from anomalib.deploy import OpenVINOInferencer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
+
+from anomalib_recon.data import DemoAD
+from anomalib_recon.visualization import ReconstructionVisualizer
+
+PICTURES_PER_TYPE = 2
+
+
+def config_path(name: str) -> Path:
+    """Find a config file of this package.
+
+    Args:
+        name (str): Path inside the folder ``configs``, such as ``"quickstart/intra.yaml"``.
+
+    Returns:
+        Path: The file, in the installed package or in the checkout.
+    """
+    package = Path(__file__).parent
+    installed = package / "configs" / name
+    return installed if installed.exists() else package.parent / "configs" / name
+
+
+def run(*args: str) -> AnomalibCLI:
+    """Print and run an ``anomalib`` command in this process."""
+    print(f"\n$ anomalib {shlex.join(args)}", flush=True)
+    return AnomalibCLI(args)
+
+
+def first_of_each_type(folder: Path) -> Iterator[Path]:
+    """The first test images of each type in MVTec AD's layout."""
+    for kind in sorted(folder.iterdir()):
+        yield from sorted(kind.glob("*.png"))[:PICTURES_PER_TYPE]
+
+
+def predict_with_openvino(model: Path, images: Path, output: Path) -> None:
+    """Score test images with an exported model, print the scores and save pictures.
+
+    Args:
+        model (Path): OpenVINO model, an ``.xml`` file.
+        images (Path): Folder of test images, with a folder for each type.
+        output (Path): Folder for the pictures.
+    """
+    # some CPUs would otherwise compute in bfloat16, which moves the scores
+    inferencer = OpenVINOInferencer(model, config={"INFERENCE_PRECISION_HINT": "f32"})
+    visualizer = ReconstructionVisualizer()
+    output.mkdir(parents=True, exist_ok=True)
+    print(f"\n{'image':<28} score  anomalous")
+    for path in first_of_each_type(images):
+        prediction = inferencer.predict(path)
+        name = f"{path.parent.name}/{path.name}"
+        print(f"{name:<28} {np.squeeze(prediction.pred_score):.3f}  {np.squeeze(prediction.pred_label)}")
+        picture = cast("Image.Image", visualizer.visualize(prediction))
+        picture.save(output / name.replace("/", "_"))
+
+
+def main(args: Sequence[str] = ()) -> dict[str, float]:
+    """Run the whole course of a model.
+
+    Args:
+        args (Sequence[str]): Further arguments of ``anomalib train``.
+
+    Returns:
+        dict[str, float]: Test metrics.
+    """
+    start = time.monotonic()
+    training = run("train", "--config", str(config_path("quickstart/intra.yaml")), *args)
+    trainer = training.engine.trainer
+    folder = Path(trainer.default_root_dir)
+    metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    checkpoint = trainer.checkpoint_callback
+    assert isinstance(checkpoint, ModelCheckpoint)
+    assert isinstance(training.datamodule, DemoAD)
+
+    export = ("export", "--model", "InTra", "--ckpt_path", checkpoint.best_model_path, "--export_type", "openvino")
+    run(*export, "--export_root", str(folder))
+    exported = folder / "weights" / "openvino" / "model.xml"
+    datamodule = training.datamodule
+    predict_with_openvino(exported, datamodule.root / datamodule.category / "test", folder / "openvino_images")
+
+    print(f"\nDone in {(time.monotonic() - start) / 60:.1f} minutes.")
+    for name, value in metrics.items():
+        print(f"{name:<16} {value:.3f}")
+    print(f"pictures         {folder / 'images'}\ncheckpoint       {checkpoint.best_model_path}")
+    print(f"OpenVINO model   {exported}\nits pictures     {folder / 'openvino_images'}")
+    return metrics
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

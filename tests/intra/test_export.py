@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+
+from pathlib import Path
+
+import numpy as np
+import openvino
+import pytest
+import torch
+from anomalib.data import MVTecAD
+from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer, TorchInferencer
+from anomalib.engine import Engine
+from lightning import seed_everything
+from PIL import Image
+
+from anomalib_recon.models import InTra
+
+# a CPU with bfloat16 arithmetic would otherwise use it
+FP32 = {"INFERENCE_PRECISION_HINT": "f32"}
+OWN_SIZE = (64, 64)
+OTHER_SIZES = [(128, 128), (200, 131), (48, 40)]
+
+
+@pytest.fixture(scope="module")
+def datamodule(stripes: Path) -> MVTecAD:
+    return MVTecAD(root=stripes, category="stripes", train_batch_size=12, eval_batch_size=4, num_workers=0)
+
+
+@pytest.fixture(scope="module")
+def model(datamodule: MVTecAD, tmp_path_factory: pytest.TempPathFactory) -> InTra:
+    """A trained model, as loaded from its checkpoint."""
+    seed_everything(0)
+    model = InTra(
+        image_size=OWN_SIZE, patch_size=8, window_size=5, embed_dim=32, depth=3, num_heads=2, learning_rate=2e-3,
+        windows_per_image=100, windows_per_step=64, windows_per_chunk=16,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("results")
+    engine = Engine(default_root_dir=folder, max_epochs=4, accelerator="cpu", enable_progress_bar=False)
+    engine.fit(model, datamodule=datamodule)
+    return InTra.load_from_checkpoint(engine.trainer.checkpoint_callback.best_model_path).eval()
+
+
+def export(model: InTra, folder: Path, export_type: ExportType, **kwargs) -> Path:
+    engine = Engine(default_root_dir=folder, accelerator="cpu")
+    path = engine.export(model, export_type, export_root=folder, **kwargs)
+    model.eval()
+    assert path is not None
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(model: InTra, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(model, tmp_path_factory.mktemp("openvino"), ExportType.OPENVINO)
+
+
+def images_of(root: Path, size: tuple[int, int]) -> np.ndarray:
+    """All test images at a size, ``(10, 3, *size)`` with values in [0, 1]."""
+    paths = sorted((root / "stripes" / "test").rglob("*.png"))
+    images = [Image.open(path).convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR) for path in paths]
+    return np.stack(images).transpose(0, 3, 1, 2).astype(np.float32) / 255
+
+
+def expected_from(model: InTra, images: np.ndarray) -> dict[str, np.ndarray]:
+    with torch.no_grad():
+        return {name: value.numpy() for name, value in model(torch.from_numpy(images))._asdict().items()}
+
+
+def run(path: Path, images: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
+    compiled = openvino.Core().compile_model(path, "CPU", FP32)
+    batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+    outputs = [compiled(batch) for batch in batches]
+    names = [output.any_name for output in compiled.outputs]
+    return {name: np.concatenate([output[name] for output in outputs]) for name in names}
+
+
+def largest_difference(result: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    """Largest difference of score and map over all images, on the normalised scale of [0, 1]."""
+    return max(
+        float(np.abs(result[name].reshape(expected[name].shape) - expected[name]).max())
+        for name in ("pred_score", "anomaly_map")
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize(("size", "bound"), [(OWN_SIZE, 1e-3), *((size, 1e-2) for size in OTHER_SIZES)])
+def test_openvino_scores_are_those_of_the_checkpoint(
+    model: InTra, exported: Path, stripes: Path, size: tuple[int, int], bound: float, batch_size: int
+) -> None:
+    images = images_of(stripes, size)
+    expected = expected_from(model, images)
+    result = run(exported, images, batch_size)
+    assert np.ptp(expected["pred_score"]) > 0.1
+    assert largest_difference(result, expected) < bound
+    assert np.array_equal(result["pred_label"].ravel(), expected["pred_label"].ravel())
+
+
+def test_onnx_scores_are_those_of_the_checkpoint(model: InTra, stripes: Path, tmp_path: Path) -> None:
+    path = export(model, tmp_path, ExportType.ONNX)
+    images = images_of(stripes, (96, 80))
+    assert largest_difference(run(path, images, 4), expected_from(model, images)) < 1e-2
+
+
+def test_export_of_a_fixed_input_size(model: InTra, stripes: Path, tmp_path: Path) -> None:
+    path = export(model, tmp_path, ExportType.OPENVINO, input_size=OWN_SIZE)
+    images = images_of(stripes, OWN_SIZE)
+    assert largest_difference(run(path, images, 4), expected_from(model, images)) < 1e-3
+
+
+@pytest.mark.parametrize("compression", [CompressionType.FP16, CompressionType.INT8, CompressionType.INT8_PTQ])
+def test_compressed_models_still_tell_holes_from_stripes(
+    model: InTra, datamodule: MVTecAD, exported: Path, stripes: Path, tmp_path: Path, compression: CompressionType
+) -> None:
+    path = export(model, tmp_path, ExportType.OPENVINO, compression_type=compression, datamodule=datamodule)
+    assert path.with_suffix(".bin").stat().st_size < exported.with_suffix(".bin").stat().st_size
+    scores = run(path, images_of(stripes, OWN_SIZE), 4)["pred_score"].ravel()
+    assert scores[4:].min() > scores[:4].max()  # 4 good images come before 6 with a hole
+
+
+def test_openvino_inferencer_predicts_from_a_file(model: InTra, exported: Path, stripes: Path) -> None:
+    inferencer = OpenVINOInferencer(exported, device="CPU", config=FP32)
+    expected = expected_from(model, images_of(stripes, OWN_SIZE))["pred_score"].ravel()
+    paths = sorted((stripes / "stripes" / "test").rglob("*.png"))
+    scores = [inferencer.predict(Image.open(path).convert("RGB")).pred_score.item() for path in paths]
+    np.testing.assert_allclose(scores, expected, atol=1e-3)
+
+
+def test_torch_inferencer_predicts_from_a_file(
+    model: InTra, stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = export(model, tmp_path, ExportType.TORCH)
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    inferencer = TorchInferencer(path, device="cpu")
+    expected = expected_from(model, images_of(stripes, OWN_SIZE))["pred_score"].ravel()
+    paths = sorted((stripes / "stripes" / "test").rglob("*.png"))
+    scores = [inferencer.predict(str(path)).pred_score.item() for path in paths]
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+
+
+def test_engine_scores_are_those_of_the_exported_model(
+    model: InTra, datamodule: MVTecAD, exported: Path, stripes: Path, tmp_path: Path
+) -> None:
+    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", enable_progress_bar=False)
+    batches = engine.predict(model, datamodule=datamodule)
+    scores = {path: score for batch in batches for path, score in zip(batch.image_path, batch.pred_score, strict=True)}
+    expected = [float(scores[str(path)]) for path in sorted((stripes / "stripes" / "test").rglob("*.png"))]
+    result = run(exported, images_of(stripes, OWN_SIZE), 4)["pred_score"].ravel()
+    np.testing.assert_allclose(result, expected, atol=1e-3)
+    assert batches[0].reconstruction.shape[1:] == (3, 64, 64)

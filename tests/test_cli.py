@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The ``anomalib`` command and anomalib's pipelines, with our models."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from anomalib.data import MVTecAD
+from anomalib.engine import Engine
+from anomalib.pipelines.benchmark import Benchmark
+from anomalib.pipelines.tiled_ensemble import EvalTiledEnsemble, TrainTiledEnsemble
+from jsonargparse import Namespace
+from sklearn.metrics import roc_auc_score
+
+from anomalib_recon.models import InTra
+from tests.conftest import write_stripes
+
+SMALL = {"patch_size": 8, "window_size": 5, "embed_dim": 16, "depth": 2, "num_heads": 2, "windows_per_image": 10}
+# the loss of an untrainable network does not fall, so that training ends by itself
+SHORT = {**SMALL, "image_size": 64, "learning_rate": 1e-12, "patience": 1}
+
+
+def data_config(root: Path) -> dict:
+    arguments = {"root": str(root), "category": "stripes", "train_batch_size": 12, "eval_batch_size": 5}
+    return {"class_path": "MVTecAD", "init_args": {**arguments, "num_workers": 0}}
+
+
+def anomalib(folder: Path, *args: str) -> None:
+    command = Path(sys.executable).with_name("anomalib")
+    subprocess.run([command, *args], check=True, cwd=folder, capture_output=True, timeout=300)
+
+
+def test_train_predict_and_export_from_the_command_line(stripes: Path, tmp_path: Path) -> None:
+    arguments = [f"--model.{name}={value}" for name, value in {**SMALL, "image_size": 64}.items()]
+    data = ["--data.root", str(stripes), "--data.category", "stripes", "--data.num_workers", "0"]
+    anomalib(tmp_path, "train", "--model", "InTra", *arguments, "--data", "MVTecAD", *data, "--trainer.max_epochs", "2")
+    results = tmp_path / "results" / "InTra" / "MVTecAD" / "stripes" / "latest"
+    checkpoint = str(results / "weights" / "lightning" / "model.ckpt")
+    assert len(list((results / "images").rglob("*.png"))) == 10
+
+    hole = stripes / "stripes" / "test" / "hole"
+    anomalib(
+        tmp_path, "predict", "--model", "InTra", *arguments, "--ckpt_path", checkpoint, "--data", str(hole),
+        "--default_root_dir", "predicted",
+    )  # fmt: skip
+    assert len(list((tmp_path / "predicted").rglob("*.png"))) == 6
+
+    anomalib(
+        tmp_path, "export", "--model", "InTra", "--ckpt_path", checkpoint, "--export_type", "openvino",
+        "--export_root", "exported",
+    )  # fmt: skip
+    assert (tmp_path / "exported" / "weights" / "openvino" / "model.xml").exists()
+
+
+def test_benchmark_finds_our_models_and_reports_our_metrics(
+    stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = {
+        "accelerator": "cpu",
+        "benchmark": {"seed": 1, "model": {"class_path": "InTra", "init_args": SHORT}, "data": data_config(stripes)},
+    }
+    (tmp_path / "benchmark.yaml").write_text(yaml.safe_dump(config))
+    Benchmark().run(Namespace(config=tmp_path / "benchmark.yaml"))
+    row = pd.read_csv(next((tmp_path / "runs").rglob("results.csv"))).iloc[0]
+    for name in ("image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixel_AUPRO"):
+        assert 0 <= row[name] <= 1
+
+
+def test_tiled_ensemble_trains_and_evaluates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_stripes(tmp_path / "data", size=(128, 64))
+    data = data_config(tmp_path / "data")
+    data["init_args"]["val_split_mode"] = "same_as_test"
+    config = {
+        "seed": 1,
+        "accelerator": "cpu",
+        "default_root_dir": "results",
+        "tiling": {"image_size": [128, 64], "tile_size": [64, 64], "stride": [64, 64]},
+        "data": data,
+        "normalization_stage": "image",
+        "thresholding_stage": "image",
+        "SeamSmoothing": {"apply": False, "sigma": 2, "width": 0.1},
+        "TrainModels": {
+            "model": {"class_path": "InTra", "init_args": SHORT},
+            "trainer": {"max_epochs": 2},
+        },
+    }
+    (tmp_path / "ensemble.yaml").write_text(yaml.safe_dump(config))
+    TrainTiledEnsemble().run(Namespace(config=tmp_path / "ensemble.yaml"))
+    results = tmp_path / "results" / "InTra" / "MVTecAD" / "stripes" / "latest"
+    assert len(list((results / "weights" / "lightning").glob("model*.ckpt"))) == 2
+    assert json.loads((results / "weights" / "lightning" / "stats.json").read_text())
+    EvalTiledEnsemble(results.resolve()).run(Namespace(config=tmp_path / "ensemble.yaml"))
+    row = pd.read_csv(next(results.resolve().rglob("metric_results.csv"))).iloc[0]
+    assert 0 <= row["pixel_AUROC"] <= 1
+
+
+def test_reported_metrics_are_those_of_scikit_learn(stripes: Path, tmp_path: Path) -> None:
+    engine = Engine(default_root_dir=tmp_path, max_epochs=2, accelerator="cpu", enable_progress_bar=False)
+    model = InTra(**{**SMALL, "image_size": 64, "windows_per_image": 50, "learning_rate": 2e-3})
+    datamodule = MVTecAD(root=stripes, category="stripes", train_batch_size=12, eval_batch_size=5, num_workers=0)
+    [metrics] = engine.train(model, datamodule=datamodule)
+    labels, scores, masks, maps = [], [], [], []
+    for batch in datamodule.test_dataloader():
+        raw = model.model.eval()(batch.image)
+        labels += batch.gt_label.tolist()
+        scores += raw.pred_score.tolist()
+        masks += batch.gt_mask.flatten().tolist()
+        maps += raw.anomaly_map.flatten().tolist()
+    assert metrics["image_AUROC"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-4)
+    assert metrics["pixel_AUROC"] == pytest.approx(roc_auc_score(masks, maps), abs=1e-4)

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from anomalib_recon import quickstart
+
+
+def test_quickstart_trains_shows_exports_and_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A shorter version of the whole: about a fifth of its optimiser steps."""
+    monkeypatch.chdir(tmp_path)
+    metrics = quickstart.main(["--trainer.max_epochs", "3", "--trainer.enable_progress_bar", "false"])
+
+    assert metrics["image_AUROC"] >= 0.85
+    assert metrics["pixel_AUROC"] >= 0.85
+    results = tmp_path / "results" / "InTra" / "DemoAD" / "grid" / "latest"
+    pictures = sorted((results / "images").rglob("*.png"))
+    assert len(pictures) == 40
+    # image, ground truth, reconstruction, anomaly map and predicted mask side by side
+    assert {Image.open(path).size for path in pictures} == {(5 * 256, 256)}
+    assert (results / "weights" / "openvino" / "model.xml").exists()
+    assert len(list((results / "openvino_images").glob("*.png"))) == 12
+    printed = capsys.readouterr().out
+    assert "$ anomalib train --config" in printed
+    assert "good/000.png" in printed

@@ -68,7 +68,8 @@ def predict_with_openvino(model: Path, images: Path, output: Path) -> None:
     for path in first_of_each_type(images):
         prediction = inferencer.predict(path)
         name = f"{path.parent.name}/{path.name}"
-        print(f"{name:<28} {np.squeeze(prediction.pred_score):.3f}  {np.squeeze(prediction.pred_label)}")
+        score, label = (np.asarray(field).item() for field in (prediction.pred_score, prediction.pred_label))
+        print(f"{name:<28} {score:.3f}  {label}")
         picture = cast("Image.Image", visualizer.visualize(prediction))
         picture.save(output / name.replace("/", "_"))
 

@@ -72,11 +72,19 @@ def test_benchmark_finds_our_models_and_reports_our_metrics(
         assert 0 <= row[name] <= 1
 
 
+class SmallInTra(InTra):
+    """InTra with other defaults, as anomalib 2.7's tiled ensemble fails for any model that is given ``init_args``."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**{**SMALL, "windows_per_image": 50, "learning_rate": 2e-3, **kwargs})
+
+
 def test_tiled_ensemble_trains_and_evaluates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("anomalib.models.SmallInTra", SmallInTra, raising=False)
     write_stripes(tmp_path / "data", size=(128, 64))
     data = data_config(tmp_path / "data")
-    data["init_args"]["val_split_mode"] = "same_as_test"
+    data["init_args"] |= {"val_split_mode": "same_as_test", "test_split_mode": "from_dir"}
     config = {
         "seed": 1,
         "accelerator": "cpu",
@@ -87,13 +95,13 @@ def test_tiled_ensemble_trains_and_evaluates(tmp_path: Path, monkeypatch: pytest
         "thresholding_stage": "image",
         "SeamSmoothing": {"apply": False, "sigma": 2, "width": 0.1},
         "TrainModels": {
-            "model": {"class_path": "InTra", "init_args": SHORT},
+            "model": {"class_path": "SmallInTra"},
             "trainer": {"max_epochs": 2},
         },
     }
     (tmp_path / "ensemble.yaml").write_text(yaml.safe_dump(config))
     TrainTiledEnsemble().run(Namespace(config=tmp_path / "ensemble.yaml"))
-    results = tmp_path / "results" / "InTra" / "MVTecAD" / "stripes" / "latest"
+    results = tmp_path / "results" / "SmallInTra" / "MVTecAD" / "stripes" / "latest"
     assert len(list((results / "weights" / "lightning").glob("model*.ckpt"))) == 2
     assert json.loads((results / "weights" / "lightning" / "stats.json").read_text())
     EvalTiledEnsemble(results.resolve()).run(Namespace(config=tmp_path / "ensemble.yaml"))

@@ -37,7 +37,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import Compose, Resize
+from torchvision.transforms.v2 import Resize
 from tqdm.auto import tqdm
 
 from anomalib_recon.data.image_files import check_image_files
@@ -46,7 +46,7 @@ from anomalib_recon.pre_processing import ExactResizePreProcessor
 from anomalib_recon.visualization import ReconstructionVisualizer
 
 from .loss import InTraLoss
-from .torch_model import NUM_CHANNELS, InTraModel
+from .torch_model import NUM_CHANNELS, InTraModel, check_sizes
 from .training_images import draw_held_out, load_images, normal_training_set, rotate_and_flip
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class InTra(AnomalibModule):
 
     Args:
         image_size (int | tuple[int, int] | None): Height and width that images are resized to, in pixels; an int means
-            a square. ``None`` takes the size of ``pre_processor``, or else 256 x 256.
+            a square. ``None`` takes the size of ``pre_processor`` if patches and windows fit in it, or else 256 x 256.
             Defaults to ``None``.
         patch_size (int): Side K of a patch, in pixels.
             Defaults to ``16``.
@@ -165,7 +165,7 @@ class InTra(AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         # assigned before the arguments are saved as hyper-parameters, so that a checkpoint knows its image size
-        image_size = resolve_image_size(image_size, pre_processor)
+        image_size = resolve_image_size(image_size, pre_processor, patch_size, window_size)
         if pre_processor is True:
             pre_processor = self.configure_pre_processor(image_size)
         super().__init__(
@@ -508,7 +508,7 @@ class InTra(AnomalibModule):
         Returns:
             PreProcessor: Pre-processor.
         """
-        return ExactResizePreProcessor(Compose([Resize(image_size or DEFAULT_IMAGE_SIZE, antialias=True)]))
+        return ExactResizePreProcessor(Resize(image_size or DEFAULT_IMAGE_SIZE, antialias=True))
 
     @staticmethod
     def configure_evaluator() -> RawScoreEvaluator:
@@ -531,25 +531,34 @@ class InTra(AnomalibModule):
         return LearningType.ONE_CLASS
 
 
-def resolve_image_size(image_size: int | Sequence[int] | None, pre_processor: PreProcessor | bool) -> tuple[int, int]:
+def resolve_image_size(
+    image_size: int | Sequence[int] | None, pre_processor: PreProcessor | bool, patch_size: int, window_size: int
+) -> tuple[int, int]:
     """Find the size of the images from the arguments of the model.
 
     Args:
         image_size (int | Sequence[int] | None): Size as given by the user.
         pre_processor (PreProcessor | bool): Pre-processor as given by the user.
+        patch_size (int): Side of a patch.
+        window_size (int): Side of a window.
 
     Returns:
         tuple[int, int]: Height and width.
 
     Raises:
-        ValueError: If the two disagree.
+        ValueError: If the two sizes disagree.
     """
     transform = getattr(pre_processor, "transform", None)
     resized = tuple(transform(torch.zeros(1, NUM_CHANNELS, 1, 1)).shape[-2:]) if transform else (1, 1)
-    if image_size is None:
-        return DEFAULT_IMAGE_SIZE if resized == (1, 1) else resized
-    size = to_tuple(image_size)  # type: ignore[arg-type]
-    if resized not in {(1, 1), size}:
-        msg = f"image_size must be the size that pre_processor resizes to, got {size} and {resized}; leave one out."
-        raise ValueError(msg)
-    return size
+    if image_size is not None:
+        size = to_tuple(image_size)  # type: ignore[arg-type]
+        if resized not in {(1, 1), size}:
+            msg = f"image_size must be the size that pre_processor resizes to, got {size} and {resized}; leave one out."
+            raise ValueError(msg)
+        return size
+    try:
+        check_sizes(resized, patch_size, window_size)
+    except ValueError:
+        # also for anomalib's tiled ensemble, which builds a model for 10 x 10 pixels only to ask it for its evaluator
+        return DEFAULT_IMAGE_SIZE
+    return resized

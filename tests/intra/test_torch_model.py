@@ -60,25 +60,66 @@ def test_a_patch_is_painted_from_the_rest_of_its_window_alone(attention: str, po
             assert same == (changed == covered or changed not in window)
 
 
-def test_reconstruction_equals_one_forward_for_each_patch() -> None:
-    model = small_model(window_size=5)
-    images = torch.rand(2, 3, 48, 40)
-    rows, cols = model.grid_size
+def reconstruct_by_the_paper(model: InTraModel, images: torch.Tensor, readout: str, position: str) -> torch.Tensor:
+    """Section 3, one window at a time, each block as a whole."""
     expected = torch.empty_like(images)
-    for (t, u), (r, s) in windows_by_the_paper(rows, cols, 5).items():
+    (rows, cols), side, depth = model.grid_size, model.window_size, len(model.blocks)
+    for (t, u), (r, s) in windows_by_the_paper(rows, cols, side).items():
+        window = [(i, j) for i in range(r, r + side) for j in range(s, s + side)]
         for image, painted in zip(images, expected, strict=True):
-            window = [(i, j) for i in range(r - 1, r + 4) for j in range(s - 1, s + 4)]
             sequence = []
             for i, j in window:
-                patch = image[:, i * 8 : i * 8 + 8, j * 8 : j * 8 + 8].permute(1, 2, 0).flatten()
-                token = model.inpaint_token if (i, j) == (t - 1, u - 1) else patch @ model.patch_embedding.weight.T
-                sequence.append(token + model.position_embedding[i * cols + j])
-            hidden = torch.stack(sequence)[None]
-            first = model.blocks[0](hidden)
-            hidden = model.blocks[2](model.blocks[1](first) + first)
-            pixels = torch.sigmoid(model.head(hidden.mean(dim=1)))
-            painted[:, t * 8 - 8 : t * 8, u * 8 - 8 : u * 8] = pixels.reshape(8, 8, 3).permute(2, 0, 1)
-    torch.testing.assert_close(model.reconstruct(images), expected, atol=1e-6, rtol=1e-5)
+                patch = image[:, (i - 1) * 8 : i * 8, (j - 1) * 8 : j * 8].permute(1, 2, 0).flatten()
+                token = model.inpaint_token if (i, j) == (t, u) else model.patch_embedding.weight @ patch
+                number = (i - 1) * cols + j if position == "global" else (i - r) * side + j - s + 1
+                sequence.append(token + model.position_embedding[number - 1])
+            tokens, outputs = torch.stack(sequence)[None], []
+            for index, block in enumerate(model.blocks):
+                partner = depth - 1 - index
+                if model.long_residuals and partner < depth // 2:
+                    tokens = tokens + outputs[partner]
+                tokens = block(tokens)
+                outputs.append(tokens)
+            vector = tokens.mean(dim=1) if readout == "mean" else tokens[:, window.index((t, u))]
+            pixels = torch.sigmoid(model.head(vector)).reshape(8, 8, 3).permute(2, 0, 1)
+            painted[:, (t - 1) * 8 : t * 8, (u - 1) * 8 : u * 8].copy_(pixels)
+    return expected
+
+
+@pytest.mark.parametrize("readout", ["mean", "token"])
+@pytest.mark.parametrize("position", ["global", "local"])
+@pytest.mark.parametrize("long_residuals", [True, False])
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 13])
+@torch.no_grad()
+def test_reconstruction_equals_one_forward_for_each_patch(
+    depth: int, long_residuals: bool, position: str, readout: str
+) -> None:
+    model = small_model(depth=depth, long_residuals=long_residuals, position=position, readout=readout, window_size=5)
+    for parameter in model.parameters():  # far enough from zero that everything matters
+        torch.nn.init.normal_(parameter, std=0.3)
+    images = torch.rand(2, 3, 48, 40)
+    expected = reconstruct_by_the_paper(model, images, readout, position)
+    torch.testing.assert_close(model.reconstruct(images), expected, atol=1e-5, rtol=1e-4)
+    # training takes another way through the same network
+    patches = model.patchify(images)
+    image_index = torch.arange(2).repeat_interleave(30)
+    inpainted = model.inpaint(patches, image_index, model.tokens.repeat(2, 1), model.covered.repeat(2))
+    torch.testing.assert_close(inpainted.view_as(patches), model.patchify(expected), atol=1e-5, rtol=1e-4)
+
+
+def test_long_residuals_join_the_blocks_of_the_paper() -> None:
+    """For 13 blocks: 0 -> 12, 1 -> 11, 2 -> 10, 3 -> 9, 4 -> 8, 5 -> 7; the block in the middle stands alone."""
+    model = small_model(depth=13)
+    inputs, outputs = {}, {}
+    for index, block in enumerate(model.blocks):
+        block.attention_norm.register_forward_pre_hook(lambda _, args, index=index: inputs.update({index: args[0]}))
+        block.mlp.register_forward_hook(lambda _, args, output, index=index: outputs.update({index: output}))
+        block.mlp_norm.register_forward_pre_hook(lambda _, args, index=index: outputs.update({-index - 1: args[0]}))
+    model.inpaint(torch.rand(1, 30, 192), torch.zeros(1, dtype=torch.long), model.tokens[:1], model.covered[:1])
+    complete = [outputs[-index - 1] + outputs[index] for index in range(12)]
+    for late in range(1, 13):
+        added = complete[12 - late] if late >= 7 else 0
+        torch.testing.assert_close(inputs[late], complete[late - 1] + added)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
@@ -86,31 +127,6 @@ def test_chunks_change_no_result(chunk: int) -> None:
     images = torch.rand(2, 3, 48, 40)
     expected = small_model().reconstruct(images)
     torch.testing.assert_close(small_model(windows_per_chunk=chunk).reconstruct(images), expected, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("depth", [1, 4, 5, 13])
-def test_long_residuals_pair_early_with_late_blocks(depth: int) -> None:
-    model = small_model(depth=depth)
-    inputs, outputs = {}, {}
-    for index, block in enumerate(model.blocks):
-
-        def record(_block, args, output, index: int = index) -> None:
-            inputs[index], outputs[index] = args[0], output
-
-        block.register_forward_hook(record)
-    model._transform(torch.randn(1, 9, 16))
-    for late in range(1, depth):
-        early = depth - 1 - late
-        added = outputs[early] if early < depth // 2 <= late and early != late else 0
-        torch.testing.assert_close(inputs[late], outputs[late - 1] + added)
-    if depth == 13:
-        assert [depth - 1 - index for index in range(depth // 2)] == [12, 11, 10, 9, 8, 7]
-
-
-def test_without_long_residuals_the_blocks_are_a_plain_stack() -> None:
-    model = small_model(long_residuals=False)
-    sequence = torch.randn(1, 9, 16)
-    torch.testing.assert_close(model._transform(sequence), torch.nn.Sequential(*model.blocks)(sequence))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ See Also:
     :class:`anomalib_recon.models.intra.lightning_model.InTra`: training and evaluation with anomalib.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -62,11 +63,15 @@ class MultiheadSelfAttention(nn.Module):
         Returns:
             Tensor: Sequences of shape ``(B, T, D)``.
         """
-        heads = functional.scaled_dot_product_attention(
-            self._slice(self.query(tokens)),
-            self._slice(self.key(tokens)),
-            self._slice(self.value(tokens)),
-        )
+        return self.attend(*self.project(tokens))
+
+    def project(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of tokens of shape ``(..., D)``, each on its own."""
+        return self.query(tokens), self.key(tokens), self.value(tokens)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of sequences, from their projections of shape ``(B, T, F)`` or ``(B, T, D)`` to ``(B, T, D)``."""
+        heads = functional.scaled_dot_product_attention(self._slice(query), self._slice(key), self._slice(value))
         return self.unify(heads.transpose(1, 2).flatten(2))
 
     def _slice(self, tokens: Tensor) -> Tensor:
@@ -108,7 +113,14 @@ class TransformerBlock(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map sequences of shape ``(B, T, D)`` to sequences of the same shape."""
-        tokens = tokens + self.attention(self.attention_norm(tokens))
+        return self.feed_forward(self.attend(tokens))
+
+    def attend(self, tokens: Tensor) -> Tensor:
+        """First half of the block."""
+        return tokens + self.attention(self.attention_norm(tokens))
+
+    def feed_forward(self, tokens: Tensor) -> Tensor:
+        """Second half of the block."""
         return tokens + self.mlp(self.mlp_norm(tokens))
 
 
@@ -177,7 +189,7 @@ class InTraModel(nn.Module):
         self.patch_embedding = nn.Linear(patch_dim, embed_dim, bias=False)
         self.position_embedding = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_positions, embed_dim), std=0.02))
         self.inpaint_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(embed_dim), std=0.02))
-        self.blocks = nn.ModuleList(
+        self.blocks: Sequence[TransformerBlock] = nn.ModuleList(  # type: ignore[assignment]
             TransformerBlock(embed_dim, ATTENTION[attention](embed_dim, num_heads)) for _ in range(depth)
         )
         self.head = nn.Linear(embed_dim, patch_dim)
@@ -229,12 +241,15 @@ class InTraModel(nn.Module):
         return torch.cat([self._reconstruct(image) for image in images.split(1)])
 
     def _reconstruct(self, images: Tensor) -> Tensor:
-        embedded = self.patch_embedding(self.patchify(images))
-        windows = zip(
-            self.tokens.split(self.windows_per_chunk), self.covered.split(self.windows_per_chunk), strict=True
-        )
-        patches = torch.cat([self._inpaint(embedded[:, tokens], tokens, covered) for tokens, covered in windows], dim=1)
-        return self.unpatchify(patches)
+        table = self._embed(self.patchify(images))
+        attend = self._attend_shared(table) if self.is_global else self._attend_windows(table)
+        patches = [
+            self._paint(attend(self._window_rows(tokens, covered)), covered)
+            for tokens, covered in zip(
+                self.tokens.split(self.windows_per_chunk), self.covered.split(self.windows_per_chunk), strict=True
+            )
+        ]
+        return self.unpatchify(torch.cat(patches, dim=1))
 
     def inpaint(self, patches: Tensor, image_index: Tensor, tokens: Tensor, covered: Tensor) -> Tensor:
         """Inpaint one patch in each of n windows, which may come from different images.
@@ -248,35 +263,78 @@ class InTraModel(nn.Module):
         Returns:
             Tensor: Inpainted patches of shape ``(n, K * K * 3)``.
         """
-        embedded = self.patch_embedding(patches)
+        table = self._embed(patches)
+        rows = self._window_rows(tokens, covered) + image_index[:, None] * table.shape[1]
         # an embedding look-up, unlike indexing, has a deterministic gradient on every device
-        rows = image_index[:, None] * embedded.shape[1] + tokens
-        return self._inpaint(functional.embedding(rows, embedded.flatten(0, 1))[None], tokens, covered)[0]
+        sequence = functional.embedding(rows, table.flatten(0, 1))
+        if not self.is_global:
+            sequence = sequence + self.position_embedding
+        return self._paint(self.blocks[0].attend(sequence)[None], covered)[0]
 
-    def _inpaint(self, embedded: Tensor, tokens: Tensor, covered: Tensor) -> Tensor:
-        """Inpaint the covered patches of windows of embedded patches, ``(B, n, L * L, D) -> (B, n, K * K * 3)``."""
-        is_covered = functional.one_hot(covered, self.window_size**2).bool().unsqueeze(-1)
-        sequence = torch.where(is_covered, self.inpaint_token, embedded)  # eqs. 3-5
-        position = functional.embedding(tokens, self.position_embedding) if self.is_global else self.position_embedding
-        sequence = sequence + position
-        output = self._transform(sequence.flatten(0, 1)).unflatten(0, (-1, len(covered)))
-        if self.readout == "mean":
-            output = output.mean(dim=2)
-        else:
-            output = output[:, torch.arange(len(covered), device=covered.device), covered]
-        return self.output(self.head(output))
+    def _embed(self, patches: Tensor) -> Tensor:
+        """Embed patches, and put the tokens that may stand for a covered patch behind them (eqs. 3-4).
 
-    def _transform(self, sequence: Tensor) -> Tensor:
-        """Pass sequences of shape ``(B, T, D)`` through the blocks, with long residual connections."""
-        depth = len(self.blocks)
-        early: list[Tensor] = []
-        for index, block in enumerate(self.blocks):
-            if self.long_residuals and index >= depth - depth // 2:
-                sequence = sequence + early.pop()
-            sequence = block(sequence)
+        With local positions there is one such token, and positions are added later; with global positions there is one
+        for each patch. Shapes: ``(B, P, K * K * 3) -> (B, P + 1, D)`` or ``(B, P, K * K * 3) -> (B, 2 * P, D)``.
+        """
+        embedded = self.patch_embedding(patches)
+        covered = self.inpaint_token.expand(1, -1)
+        if self.is_global:
+            embedded, covered = embedded + self.position_embedding, covered + self.position_embedding
+        return torch.cat([embedded, covered.expand(len(embedded), -1, -1)], dim=1)
+
+    def _window_rows(self, tokens: Tensor, covered: Tensor) -> Tensor:
+        """Rows of :meth:`_embed` that make up the sequences of windows (eq. 5), ``(n, L * L)``."""
+        num_patches = self.grid_size[0] * self.grid_size[1]
+        is_covered = covered[:, None] == torch.arange(self.window_size**2, device=covered.device)
+        return torch.where(is_covered, num_patches + tokens if self.is_global else num_patches, tokens)
+
+    def _attend_shared(self, table: Tensor) -> Callable[[Tensor], Tensor]:
+        """First half of the first block, with each patch projected once for all its windows.
+
+        The result maps rows of shape ``(n, T)`` to tokens of shape ``(B, n, T, D)``.
+        """
+        block = self.blocks[0]
+        projections = block.attention.project(block.attention_norm(table))
+
+        def attend(rows: Tensor) -> Tensor:
+            attention = block.attention.attend(*(projection[:, rows].flatten(0, 1) for projection in projections))
+            return table[:, rows] + attention.unflatten(0, (-1, len(rows)))
+
+        return attend
+
+    def _attend_windows(self, table: Tensor) -> Callable[[Tensor], Tensor]:
+        """As :meth:`_attend_shared`, for tokens that depend on their place in the window."""
+
+        def attend(rows: Tensor) -> Tensor:
+            sequence = table[:, rows] + self.position_embedding
+            return self.blocks[0].attend(sequence.flatten(0, 1)).unflatten(0, (-1, len(rows)))
+
+        return attend
+
+    def _paint(self, attended: Tensor, covered: Tensor) -> Tensor:
+        """From the first half of the first block to the painted patches, ``(B, n, T, D) -> (B, n, K * K * 3)``."""
+        depth, early = len(self.blocks), []
+        num_windows = attended.shape[1]
+        attended = attended.flatten(0, 1)
+        for index, block in enumerate(self.blocks[:-1]):
+            sequence = block.feed_forward(attended)
             if self.long_residuals and index < depth // 2:
                 early.append(sequence)
-        return sequence
+            if self.long_residuals and index + 1 >= depth - depth // 2:
+                sequence = sequence + early.pop()
+            attended = self.blocks[index + 1].attend(sequence)
+
+        def read(tokens: Tensor) -> Tensor:
+            tokens = tokens.unflatten(0, (-1, num_windows))
+            if self.readout == "mean":
+                return tokens.mean(dim=2)
+            return tokens[:, torch.arange(num_windows, device=covered.device), covered]
+
+        # the readout is linear and may precede the last layer of the last block, which then has fewer tokens to map
+        last = self.blocks[-1]
+        hidden = last.mlp[:-1](last.mlp_norm(attended))
+        return self.output(self.head(read(attended) + last.mlp[-1](read(hidden))))
 
     def draw_windows(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw windows anywhere in the grid, each with a random patch covered (section 3.4).

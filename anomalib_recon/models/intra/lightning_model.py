@@ -45,7 +45,7 @@ from anomalib_recon.metrics import RawScoreEvaluator
 from anomalib_recon.pre_processing import ExactResizePreProcessor
 from anomalib_recon.visualization import ReconstructionVisualizer
 
-from .loss import InTraLoss
+from .loss import MIN_PATCH_SIZE, InTraLoss
 from .torch_model import NUM_CHANNELS, InTraModel, check_sizes
 from .training_images import draw_held_out, load_images, normal_training_set, rotate_and_flip
 
@@ -175,6 +175,9 @@ class InTra(AnomalibModule):
             if self.hparams[name] <= 0:
                 msg = f"{name} must be positive, got {self.hparams[name]}."
                 raise ValueError(msg)
+        if patch_size < MIN_PATCH_SIZE:
+            msg = f"patch_size must be at least {MIN_PATCH_SIZE} for the SSIM in the loss, got {patch_size}."
+            raise ValueError(msg)
         if not 0 < held_out_fraction < 1:
             msg = f"held_out_fraction must lie between 0 and 1, got {held_out_fraction}."
             raise ValueError(msg)

@@ -9,6 +9,8 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 # Xue et al. (2014), https://arxiv.org/abs/1308.3052, use 170 for values in [0, 255]
 GMS_CONSTANT = 170 / 255**2
+# the window of SSIM reaches 5 pixels over the border, which are reflected from inside the patch
+MIN_PATCH_SIZE = 6
 
 
 def gradient_magnitude_similarity(images: Tensor, others: Tensor) -> Tensor:

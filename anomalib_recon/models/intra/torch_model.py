@@ -281,7 +281,7 @@ class InTraModel(nn.Module):
         covered = self.inpaint_token.expand(1, -1)
         if self.is_global:
             embedded, covered = embedded + self.position_embedding, covered + self.position_embedding
-        return torch.cat([embedded, covered.expand(len(embedded), -1, -1)], dim=1)
+        return torch.cat([embedded, covered.expand(embedded.shape[0], -1, -1)], dim=1)
 
     def _window_rows(self, tokens: Tensor, covered: Tensor) -> Tensor:
         """Rows of :meth:`_embed` that make up the sequences of windows (eq. 5), ``(n, L * L)``."""

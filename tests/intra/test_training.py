@@ -162,6 +162,40 @@ def test_killed_run_resumes_to_the_same_result(stripes: Path, tmp_path: Path, mo
         assert torch.equal(resumed.state_dict()[name], value), name
 
 
+def test_finished_run_goes_on_with_more_epochs(stripes: Path, tmp_path: Path) -> None:
+    first, engine = train(stripes, tmp_path / "first", max_epochs=3)
+    checkpoint = engine.trainer.checkpoint_callback.best_model_path
+    second, _ = train(stripes, tmp_path / "second", ckpt_path=checkpoint, max_epochs=4)
+    assert second.held_out_losses[:3] == first.held_out_losses
+    assert len(second.held_out_losses) == 4
+
+
+def test_loaded_model_trains_afresh_on_new_data(
+    trained: tuple[InTra, Engine, Probe], stripes: Path, tmp_path: Path
+) -> None:
+    loaded = InTra.load_from_checkpoint(trained[1].trainer.checkpoint_callback.best_model_path)
+    train(stripes, tmp_path, model=loaded, max_epochs=1)
+    assert len(loaded.held_out_losses) == 1
+    assert bool(loaded.post_processor.image_threshold.isfinite())
+
+
+def test_an_engine_can_be_used_again_after_an_interruption(stripes: Path, tmp_path: Path) -> None:
+    class Interrupt(Callback):
+        def on_train_batch_start(self, trainer, *args) -> None:
+            if not hasattr(self, "done"):
+                self.done = True
+                raise ZeroDivisionError
+
+    engine = Engine(
+        default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", enable_progress_bar=False, callbacks=[Interrupt()]
+    )
+    with pytest.raises(ZeroDivisionError):
+        engine.fit(InTra(**SMALL, **SCHEDULE), datamodule=data(stripes))
+    model = InTra(**SMALL, **SCHEDULE)
+    engine.fit(model, datamodule=data(stripes))
+    assert bool(model.post_processor.image_threshold.isfinite())
+
+
 def test_trainer_flags_win(stripes: Path, tmp_path: Path) -> None:
     probe = Probe()
     _, engine = train(stripes, tmp_path / "steps", max_steps=3, max_epochs=-1, callbacks=[probe])

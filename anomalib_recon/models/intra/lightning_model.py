@@ -32,6 +32,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.utils.config import to_tuple
 from anomalib.visualization import Visualizer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -45,6 +46,7 @@ from anomalib_recon.metrics import RawScoreEvaluator
 from anomalib_recon.pre_processing import ExactResizePreProcessor
 from anomalib_recon.visualization import ReconstructionVisualizer
 
+from .deferred_validation import DeferredValidation
 from .loss import MIN_PATCH_SIZE, InTraLoss
 from .torch_model import NUM_CHANNELS, InTraModel, check_sizes
 from .training_images import draw_held_out, load_images, normal_training_set, rotate_and_flip
@@ -212,6 +214,7 @@ class InTra(AnomalibModule):
         self._best_weights: dict[str, Tensor] = {}
         self._rng_state: Tensor | None = None
         self._fitted = False
+        self._deferred_validation = DeferredValidation()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam, as in section 4.1."""
@@ -232,10 +235,19 @@ class InTra(AnomalibModule):
             for dataset in filter(None, (datamodule.train_data, getattr(datamodule, "val_data", None))):
                 check_image_files(dataset.samples.image_path)
 
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """Anomalib's components, and what puts validation off."""
+        return [*cast("Sequence[Callback]", super().configure_callbacks()), self._deferred_validation]
+
     def on_fit_start(self) -> None:
-        """Put validation off until training has ended, and continue an interrupted run's random numbers."""
+        """Start afresh, or continue the interrupted run whose checkpoint was given."""
         self._fitted = False
-        self._limit_val_batches, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
+        self._step_times: list[float] = []
+        if self.trainer.ckpt_path is None:
+            self.held_out_losses, self._held_out_paths, self._best_weights = [], [], {}
+            return
+        if not self._best_weights:  # a finished run, which has the weights of its best epoch
+            self._best_weights = self._copy_weights()
         if self._rng_state is not None:
             torch.set_rng_state(self._rng_state)
 
@@ -254,7 +266,6 @@ class InTra(AnomalibModule):
         held_out = [index for index, path in enumerate(paths) if path in self._held_out_paths]
         self._num_training_images = len(paths) - len(held_out)
         self._held_out_images = torch.cat(list(self._load(held_out)))
-        self._started = time.monotonic()
 
     def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> None:
         """Draw windows from the images of the batch and take an optimiser step for every ``windows_per_step`` of them.
@@ -312,19 +323,27 @@ class InTra(AnomalibModule):
 
     def _tell_if_long(self) -> None:
         """After the first steps, say in a line how long the run may take if that is many hours."""
-        if self.trainer.global_step != ESTIMATE_STEPS or self.trainer.max_epochs is None:
+        if len(self._step_times) == ESTIMATE_STEPS:
             return
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        num_steps = self.trainer.max_epochs * self._num_training_images * self.windows_per_image / self.windows_per_step
-        if self.trainer.max_steps > 0:
-            num_steps = min(num_steps, self.trainer.max_steps)
-        seconds = num_steps * (time.monotonic() - self._started) / ESTIMATE_STEPS
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Timer):  # max_time
-                seconds = min(seconds, callback.time_remaining() or 0)
-        hours = seconds / 3600
-        if hours > LONG_RUN_HOURS and self.trainer.is_global_zero:
+        self._step_times.append(time.monotonic())
+        if len(self._step_times) < ESTIMATE_STEPS or not self.trainer.is_global_zero:
+            return
+        seconds_per_step = (self._step_times[-1] - self._step_times[0]) / (ESTIMATE_STEPS - 1)
+        steps_per_epoch = self._num_training_images * self.windows_per_image / self.windows_per_step
+        limits = [
+            (cast("int", self.trainer.max_epochs) - self.current_epoch) * steps_per_epoch * seconds_per_step,
+            (self.trainer.max_steps - self.trainer.global_step) * seconds_per_step,
+            *(
+                callback.time_remaining() or 0  # max_time
+                for callback in self.trainer.callbacks  # type: ignore[attr-defined]
+                if isinstance(callback, Timer)
+            ),
+        ]
+        # the trainer's -1 stands for no limit
+        hours = min((limit for limit in limits if limit >= 0), default=0) / 3600
+        if hours > LONG_RUN_HOURS:
             logger.warning(
                 "Training as asked may take up to %.0f hours on this machine, unless the held-out loss stops it "
                 "earlier; `python -m anomalib_recon.quickstart` shows a small InTra in minutes.",
@@ -345,7 +364,7 @@ class InTra(AnomalibModule):
         best_epoch = self.held_out_losses.index(min(self.held_out_losses))
         epochs_since_best = len(self.held_out_losses) - 1 - best_epoch
         if epochs_since_best == 0:
-            self._best_weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+            self._best_weights = self._copy_weights()
         if epochs_since_best >= self.patience:
             logger.info("The held-out loss has not fallen for %d epochs.", self.patience)
             self.trainer.should_stop = True
@@ -367,12 +386,10 @@ class InTra(AnomalibModule):
         self._best_weights = {}
         self.model.normal_difference.copy_(self._mean_normal_difference())
         self._fitted = True
+        self._deferred_validation.validate(self.trainer)
 
-        self.trainer.limit_val_batches = self._limit_val_batches
-        if self.trainer.enable_validation:
-            self.trainer.validating = True
-            self.trainer.fit_loop.epoch_loop.val_loop.run()
-            self.trainer.training = True
+    def _copy_weights(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self.model.state_dict().items()}
 
     @torch.no_grad()
     def _held_out_loss(self) -> float:

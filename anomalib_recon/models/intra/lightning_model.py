@@ -499,15 +499,12 @@ class InTra(AnomalibModule):
         if "intra" not in checkpoint or not saved.keys() >= set(NETWORK_ARGUMENTS):
             msg = "The checkpoint is not one of InTra, or of a version without some of its arguments; train anew."
             raise ValueError(msg)
-        given = ", ".join(
-            f"{name}={saved[name]} (not {self.hparams[name]})"
-            for name in NETWORK_ARGUMENTS
-            if saved[name] != self.hparams[name]
-        )
-        if given:
+        different = [name for name in NETWORK_ARGUMENTS if saved[name] != self.hparams[name]]
+        if different:
+            needed = ", ".join(f"{name}={saved[name]} (not {self.hparams[name]})" for name in different)
             msg = (
-                f"The checkpoint needs a model with {given}; pass these arguments, on the command line with the "
-                "config.yaml that lies with the results of the training."
+                f"The checkpoint needs a model with {needed}; pass these arguments, on the command line as in "
+                f"--model.{different[0]}, or use InTra.load_from_checkpoint."
             )
             raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)

@@ -9,6 +9,7 @@ product, so that the ratios hold on a machine whose speed drifts. Writes the fig
 """
 
 import argparse
+import copy
 import json
 import platform
 import resource
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from anomalib_recon.models.intra.torch_model import InTraModel
+from anomalib_recon.models.intra.torch_model import InTraModel, TokenLinear
 
 MATRIX_SIZE = 4096
 
@@ -33,6 +34,8 @@ def seconds(function: Callable[[], object]) -> float:
 
 def inpaint_one(model: InTraModel, patches: torch.Tensor, tokens: torch.Tensor, covered: torch.Tensor) -> torch.Tensor:
     """Inpaint one patch by a forward of its own: embed the window's patches, then block after block.
+
+    This is how InTra is usually written, with PyTorch's linear layers.
 
     Args:
         model (InTraModel): Network with long residuals, global positions and the mean as readout.
@@ -61,15 +64,19 @@ def measure(image_size: int, threads: int, turns: int, patches_timed: int) -> di
     matrix = torch.rand(MATRIX_SIZE, MATRIX_SIZE)
     num_windows = len(model.tokens)
     patches = model.patchify(image)[0]
+    usual = copy.deepcopy(model)
+    for module in usual.modules():
+        if isinstance(module, TokenLinear):
+            module.__class__ = torch.nn.Linear
 
     def one_by_one() -> None:
         for tokens, covered in zip(model.tokens[:patches_timed], model.covered[:patches_timed], strict=True):
-            inpaint_one(model, patches, tokens, covered)
+            inpaint_one(usual, patches, tokens, covered)
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with torch.inference_mode():
         with FlopCounterMode(display=False) as counter:
-            inpaint_one(model, patches, model.tokens[0], model.covered[0])
+            inpaint_one(usual, patches, model.tokens[0], model.covered[0])
         flops = counter.get_total_flops()
         model.reconstruct(image)
         after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

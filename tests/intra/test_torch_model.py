@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 
-from anomalib_recon.models.intra.torch_model import InTraModel, MultiheadFeatureSelfAttention, MultiheadSelfAttention
+from anomalib_recon.models.intra.torch_model import (
+    InTraModel,
+    MultiheadFeatureSelfAttention,
+    MultiheadSelfAttention,
+    TokenLinear,
+)
 
 SMALL = {"image_size": (48, 40), "patch_size": 8, "window_size": 3, "embed_dim": 16, "depth": 3, "num_heads": 2}
 
@@ -143,6 +148,20 @@ def test_attention_equals_plain_einsums(attention_class: type[MultiheadSelfAtten
     weights = torch.einsum("bthd,bshd->bhts", query, key) / math.sqrt(width // 3)
     mixed = torch.einsum("bhts,bshd->bthd", weights.softmax(dim=-1), value).reshape(2, 5, 24)
     torch.testing.assert_close(attention(tokens), mixed @ attention.unify.weight.T + attention.unify.bias)
+
+
+def test_token_linear_is_linear() -> None:
+    torch.manual_seed(0)
+    layer = TokenLinear(24, 40)
+    plain = torch.nn.Linear(24, 40)
+    plain.load_state_dict(layer.state_dict())
+    tokens, same = (torch.ones(3, 7, 24).cumsum(2).div(24).requires_grad_() for _ in range(2))
+    result, expected = layer(tokens), plain(same)
+    torch.testing.assert_close(result, expected)
+    for output in (result, expected):
+        output.square().sum().backward()
+    torch.testing.assert_close(tokens.grad, same.grad)
+    torch.testing.assert_close(layer.weight.grad, plain.weight.grad)
 
 
 def test_feature_self_attention_has_the_hidden_width_of_the_paper() -> None:

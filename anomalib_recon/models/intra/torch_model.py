@@ -34,8 +34,23 @@ from .anomaly_map import AnomalyMapGenerator
 NUM_CHANNELS = 3
 
 
+class TokenLinear(nn.Linear):
+    """Linear map of tokens, of shape ``(B, T, in_features)`` to ``(B, T, out_features)``.
+
+    On CPUs it is written as a convolution with kernel size 1: the same product, which PyTorch then leaves to oneDNN
+    instead of its BLAS library. On an AMD CPU with AVX-512 that made inference about 1.5 times as fast.
+    """
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens."""
+        if tokens.device.type != "cpu" or torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available():
+            return super().forward(tokens)
+        pixels = tokens.transpose(1, 2).unsqueeze(-1)  # images of T x 1 pixels, channels last in memory
+        return functional.conv2d(pixels, self.weight[:, :, None, None], self.bias).squeeze(-1).transpose(1, 2)
+
+
 def _mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, out_dim))
+    return nn.Sequential(TokenLinear(in_dim, hidden_dim), nn.GELU(), TokenLinear(hidden_dim, out_dim))
 
 
 class MultiheadSelfAttention(nn.Module):
@@ -49,10 +64,10 @@ class MultiheadSelfAttention(nn.Module):
     def __init__(self, embed_dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.query: nn.Module = nn.Linear(embed_dim, embed_dim)
-        self.key: nn.Module = nn.Linear(embed_dim, embed_dim)
-        self.value = nn.Linear(embed_dim, embed_dim)
-        self.unify = nn.Linear(embed_dim, embed_dim)
+        self.query: nn.Module = TokenLinear(embed_dim, embed_dim)
+        self.key: nn.Module = TokenLinear(embed_dim, embed_dim)
+        self.value = TokenLinear(embed_dim, embed_dim)
+        self.unify = TokenLinear(embed_dim, embed_dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Let every token attend to all tokens of its sequence.

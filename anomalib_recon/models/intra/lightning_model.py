@@ -69,7 +69,7 @@ NETWORK_ARGUMENTS = (
     "sigmoid",
 )
 # optimiser steps after which the length of the run is estimated, and the length from which on the user is told
-ESTIMATE_STEPS = 5
+ESTIMATE_STEPS = 3
 LONG_RUN_HOURS = 3.0
 
 

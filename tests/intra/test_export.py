@@ -115,7 +115,10 @@ def test_compressed_models_still_tell_holes_from_stripes(
     assert scores[4:].min() > scores[:4].max()  # 4 good images come before 6 with a hole
 
 
-def test_openvino_inferencer_predicts_from_a_file(model: InTra, exported: Path, stripes: Path) -> None:
+def test_openvino_inferencer_predicts_from_a_file(
+    model: InTra, exported: Path, stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where the inferencer puts its cache
     inferencer = OpenVINOInferencer(exported, device="CPU", config=FP32)
     expected = expected_from(model, images_of(stripes, OWN_SIZE))["pred_score"].ravel()
     paths = sorted((stripes / "stripes" / "test").rglob("*.png"))

@@ -20,7 +20,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -30,7 +29,6 @@ from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from anomalib.utils.config import to_tuple
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Timer
@@ -41,15 +39,21 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize
 from tqdm.auto import tqdm
 
-from anomalib_recon.data.image_files import check_image_files
 from anomalib_recon.metrics import RawScoreEvaluator
+from anomalib_recon.models.components import (
+    CurrentOpsetExport,
+    DeferredValidation,
+    check_training_files,
+    normal_training_set,
+    refuse_other_networks,
+    resolve_image_size,
+)
 from anomalib_recon.pre_processing import ExactResizePreProcessor
 from anomalib_recon.visualization import ReconstructionVisualizer
 
-from .deferred_validation import DeferredValidation
 from .loss import MIN_PATCH_SIZE, InTraLoss
-from .torch_model import NUM_CHANNELS, InTraModel, check_sizes
-from .training_images import draw_held_out, load_images, normal_training_set, rotate_and_flip
+from .torch_model import InTraModel, check_sizes
+from .training_images import draw_held_out, load_images, rotate_and_flip
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +77,7 @@ ESTIMATE_STEPS = 3
 LONG_RUN_HOURS = 3.0
 
 
-class InTra(AnomalibModule):
+class InTra(CurrentOpsetExport, AnomalibModule):  # type: ignore[misc]  # anomalib's to_onnx is not Lightning's
     """Inpainting transformer, trained from scratch on windows of the normal training images.
 
     A tenth of the normal training images is held out. Training stops when the loss on them has not fallen for
@@ -167,7 +171,7 @@ class InTra(AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         # assigned before the arguments are saved as hyper-parameters, so that a checkpoint knows its image size
-        image_size = resolve_image_size(image_size, pre_processor, patch_size, window_size)
+        image_size = find_image_size(image_size, pre_processor, patch_size, window_size)
         if pre_processor is True:
             pre_processor = self.configure_pre_processor(image_size)
         super().__init__(
@@ -231,9 +235,7 @@ class InTra(AnomalibModule):
         """
         datamodule = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and datamodule:
-            normal_training_set(datamodule.train_data)
-            for dataset in filter(None, (datamodule.train_data, getattr(datamodule, "val_data", None))):
-                check_image_files(dataset.samples.image_path)
+            check_training_files(datamodule)
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Anomalib's components, and what puts validation off."""
@@ -453,29 +455,6 @@ class InTra(AnomalibModule):
         scored.reconstruction = reconstruction.clamp(0, 1).cpu()
         return scored
 
-    def to_onnx(  # type: ignore[override]  # as anomalib's
-        self,
-        export_root: Path | str,
-        model_file_name: str = "model",
-        input_size: tuple[int, int] | None = None,
-        **kwargs: Any,
-    ) -> Path:
-        """Export to ONNX, in the operator set in which the graph is made.
-
-        anomalib asks for operator set 14, to which no converter brings this graph: the attempt ends in a printed
-        traceback, and the graph stays as it is.
-
-        Args:
-            export_root (Path | str): Folder for the export.
-            model_file_name (str): Name of the file, without ending.
-            input_size (tuple[int, int] | None): Height and width of the input; dynamic if ``None``.
-            **kwargs (Any): Arguments of ``torch.onnx.export``.
-
-        Returns:
-            Path: The exported file.
-        """
-        return super().to_onnx(export_root, model_file_name, input_size, **{"opset_version": 18, **kwargs})
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what an interrupted run needs to continue as if it had not been."""
         super().on_save_checkpoint(checkpoint)
@@ -495,18 +474,7 @@ class InTra(AnomalibModule):
         Raises:
             ValueError: If it is of another model, or of a network with other arguments.
         """
-        saved = checkpoint.get("hyper_parameters", {})
-        if "intra" not in checkpoint or not saved.keys() >= set(NETWORK_ARGUMENTS):
-            msg = "The checkpoint is not one of InTra, or of a version without some of its arguments; train anew."
-            raise ValueError(msg)
-        different = [name for name in NETWORK_ARGUMENTS if saved[name] != self.hparams[name]]
-        if different:
-            needed = ", ".join(f"{name}={saved[name]} (not {self.hparams[name]})" for name in different)
-            msg = (
-                f"The checkpoint needs a model with {needed}; pass these arguments, on the command line as in "
-                f"--model.{different[0]}, or use InTra.load_from_checkpoint."
-            )
-            raise ValueError(msg)
+        refuse_other_networks(checkpoint, "InTra", self.hparams, NETWORK_ARGUMENTS)
         super().on_load_checkpoint(checkpoint)
         state = checkpoint["intra"]
         self.held_out_losses = state["held_out_losses"]
@@ -548,7 +516,7 @@ class InTra(AnomalibModule):
         return LearningType.ONE_CLASS
 
 
-def resolve_image_size(
+def find_image_size(
     image_size: int | Sequence[int] | None, pre_processor: PreProcessor | bool, patch_size: int, window_size: int
 ) -> tuple[int, int]:
     """Find the size of the images from the arguments of the model.
@@ -565,17 +533,11 @@ def resolve_image_size(
     Raises:
         ValueError: If the two sizes disagree.
     """
-    transform = getattr(pre_processor, "transform", None)
-    resized = tuple(transform(torch.zeros(1, NUM_CHANNELS, 1, 1)).shape[-2:]) if transform else (1, 1)
-    if image_size is not None:
-        size = to_tuple(image_size)  # type: ignore[arg-type]
-        if resized not in {(1, 1), size}:
-            msg = f"image_size must be the size that pre_processor resizes to, got {size} and {resized}; leave one out."
-            raise ValueError(msg)
-        return size
-    try:
-        check_sizes(resized, patch_size, window_size)
-    except ValueError:
-        # also for anomalib's tiled ensemble, which builds a model for 10 x 10 pixels only to ask it for its evaluator
-        return DEFAULT_IMAGE_SIZE
-    return resized
+    size = resolve_image_size(image_size, pre_processor, DEFAULT_IMAGE_SIZE)
+    if image_size is None:
+        try:
+            check_sizes(size, patch_size, window_size)
+        except ValueError:
+            # also for anomalib's tiled ensemble, which builds a model for 10 x 10 pixels only to ask for its evaluator
+            return DEFAULT_IMAGE_SIZE
+    return size

@@ -10,21 +10,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 
-def normal_training_set(dataset: AnomalibDataset) -> AnomalibDataset:
-    """Normal images of a training set, without augmentations.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    normal = [index for index, label in enumerate(dataset.samples.label_index) if label == 0]
-    if not normal:
-        msg = "The training set has no normal image; check the root, the category and the folder of good images."
-        raise ValueError(msg)
-    dataset = dataset.subsample(normal)
-    dataset.augmentations = None
-    return dataset
-
-
 def draw_held_out(paths: Sequence[str], fraction: float, max_count: int) -> list[str]:
     """Draw images to hold out of training; at least one.
 

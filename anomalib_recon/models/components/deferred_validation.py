@@ -33,3 +33,30 @@ class DeferredValidation(Callback):
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
+
+
+class ValidationAtEnd(DeferredValidation):
+    """Validate once, when training ends, for the thresholds."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put validation off."""
+        super().on_fit_start(trainer, pl_module)
+        self._trained = self._validated = False
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate after the last epoch, before it is saved."""
+        del pl_module
+        self._trained = True
+        if trainer.fit_loop.done:
+            self.validate(trainer)
+            self._validated = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate after a training that something has stopped since, and save it anew."""
+        del pl_module
+        if self._validated or not self._trained:
+            return
+        self.validate(trainer)
+        for callback in trainer.checkpoint_callbacks:
+            if path := getattr(callback, "best_model_path", ""):
+                trainer.save_checkpoint(path)

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Parts that several models share."""
+
+from .backbone import BackboneNormalize, FrozenBackbone, create_backbone, stage_strides
+from .checkpoints import BackboneInCheckpoint, RandomState, refuse_other_networks
+from .deferred_validation import DeferredValidation, ValidationAtEnd
+from .export import CurrentOpsetExport
+from .image_size import refuse_normalize, resolve_image_size
+from .training_images import check_training_files, normal_training_set
+
+__all__ = [
+    "BackboneInCheckpoint",
+    "BackboneNormalize",
+    "CurrentOpsetExport",
+    "DeferredValidation",
+    "FrozenBackbone",
+    "RandomState",
+    "ValidationAtEnd",
+    "check_training_files",
+    "create_backbone",
+    "normal_training_set",
+    "refuse_normalize",
+    "refuse_other_networks",
+    "resolve_image_size",
+    "stage_strides",
+]

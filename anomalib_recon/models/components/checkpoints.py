@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Checkpoints that explain themselves, need no backbone file, and continue a run as if it had not been interrupted."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+def refuse_other_networks(
+    checkpoint: Mapping[str, Any], model: str, arguments: Mapping[str, Any], names: Sequence[str]
+) -> None:
+    """Refuse a checkpoint of another model, or of a network that was built with other arguments.
+
+    Args:
+        checkpoint (Mapping[str, Any]): The checkpoint.
+        model (str): Name of the model class.
+        arguments (Mapping[str, Any]): Arguments of the model it is loaded into.
+        names (Sequence[str]): Arguments that the two must share.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    saved = checkpoint.get("hyper_parameters", {})
+    if not saved.keys() >= set(names):
+        msg = f"The checkpoint is not one of {model}, or of a version without some of its arguments; train anew."
+        raise ValueError(msg)
+    different = [name for name in names if saved[name] != arguments[name]]
+    if different:
+        needed = ", ".join(f"{name}={saved[name]} (not {arguments[name]})" for name in different)
+        msg = (
+            f"The checkpoint needs a model with {needed}; pass these arguments, on the command line as in "
+            f"--model.{different[0]}, or use {model}.load_from_checkpoint."
+        )
+        raise ValueError(msg)
+
+
+class BackboneInCheckpoint:
+    """Mixin of models whose checkpoints hold the backbone: loading one needs neither network nor weights file."""
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """Build the model without its pre-trained weights, which the checkpoint brings.
+
+        Args:
+            checkpoint_path (str | Path): The checkpoint.
+            *args (Any): As in anomalib.
+            **kwargs (Any): As in anomalib.
+
+        Returns:
+            Any: The model.
+        """
+        arguments = {"pre_trained": False, "backbone_weights": None, **kwargs}
+        return super().load_from_checkpoint(checkpoint_path, *args, **arguments)  # type: ignore[misc]
+
+
+class RandomState(Callback):
+    """Let a resumed run draw the random numbers that it would have drawn without the interruption."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._saved: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Save the state of the random number generators."""
+        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until the run starts."""
+        self._saved = state_dict
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Continue with the saved state, if there is one for these devices."""
+        del trainer, pl_module
+        saved, self._saved = self._saved, {}
+        if saved:
+            torch.set_rng_state(saved["cpu"].cpu())
+            if len(saved["cuda"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all([state.cpu() for state in saved["cuda"]])

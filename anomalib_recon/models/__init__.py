@@ -4,8 +4,9 @@
 
 from anomalib_recon.discovery import publish
 
+from .adtr import ADTR
 from .intra import InTra
 
-__all__ = ["InTra"]
+__all__ = ["ADTR", "InTra"]
 
 publish(__name__)

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""ADTR's anomaly map and score (section 3.1, "Inference")."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class AnomalyMapGenerator(nn.Module):
+    """Turn the difference of features and reconstruction into a map and a score.
+
+    Args:
+        pool_size (int): Side of the window, in pixels, over which the map is averaged for the score.
+    """
+
+    def __init__(self, pool_size: int) -> None:
+        super().__init__()
+        self.pool_size = pool_size
+
+    def forward(self, features: Tensor, reconstruction: Tensor, image_size: torch.Size | tuple[int, int]) -> Tensor:
+        """Compute s(u), the L2 norm of the feature difference vector (eqs. 2 and 3), at the size of the images.
+
+        Args:
+            features (Tensor): Features f of shape ``(B, C, h, w)``.
+            reconstruction (Tensor): Their reconstruction, of the same shape.
+            image_size (torch.Size | tuple[int, int]): Height H and width W of the images.
+
+        Returns:
+            Tensor: Map of shape ``(B, 1, H, W)``, not negative.
+        """
+        norm = torch.linalg.vector_norm(features - reconstruction, dim=1, keepdim=True)
+        return functional.interpolate(norm, size=tuple(image_size), mode="bilinear", align_corners=False)
+
+    def score(self, anomaly_map: Tensor) -> Tensor:
+        """Take the maximum of the averagely pooled map.
+
+        Args:
+            anomaly_map (Tensor): Map of shape ``(B, 1, H, W)``.
+
+        Returns:
+            Tensor: Scores of shape ``(B,)``.
+        """
+        return functional.avg_pool2d(anomaly_map, self.pool_size, stride=1).amax(dim=(1, 2, 3))

@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""ADTR and ADTR+ in anomalib.
+
+Example:
+    >>> from anomalib.data import MVTecAD
+    >>> from anomalib.engine import Engine
+    >>> from anomalib_recon.models import ADTR
+    >>> engine = Engine(max_epochs=500)  # doctest: +SKIP
+    >>> engine.train(model=ADTR(), datamodule=MVTecAD(category="screw"))  # doctest: +SKIP
+
+Paper:
+    ADTR: Anomaly Detection Transformer with Feature Reconstruction, https://arxiv.org/abs/2209.01816
+
+See Also:
+    :class:`anomalib_recon.models.adtr.torch_model.ADTRModel`: the network, usable alone.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from anomalib import LearningType
+from anomalib.data import AnomalibDataset, Batch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from torchvision.transforms.v2 import Resize
+
+from anomalib_recon.metrics import RawScoreEvaluator
+from anomalib_recon.models.components import (
+    BackboneInCheckpoint,
+    CurrentOpsetExport,
+    RandomState,
+    ValidationAtEnd,
+    check_training_files,
+    refuse_normalize,
+    refuse_other_networks,
+    resolve_image_size,
+)
+from anomalib_recon.pre_processing import ExactResizePreProcessor
+
+from .confetti import ConfettiNoise
+from .loss import ImageLoss, NormalLoss, PixelLoss
+from .torch_model import ADTRModel
+
+DEFAULT_IMAGE_SIZE = (256, 256)
+# arguments that a checkpoint and the model it is loaded into must share
+NETWORK_ARGUMENTS = (
+    "backbone",
+    "layers",
+    "image_size",
+    "feature_size",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "mlp_dim",
+    "query",
+    "attention",
+)
+
+
+class ADTR(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: ignore[misc]  # to_onnx as anomalib's
+    """Reconstruction of a frozen backbone's features by a transformer with a learned query.
+
+    With ``labels=None`` it is ADTR, trained on normal images. With ``labels="pixel"`` or ``"image"`` it is ADTR+, which
+    starts from the weights of an ADTR (``normal_checkpoint``) and also learns to rebuild anomalies badly. The anomalies
+    are drawn on normal images (``confetti``), come from the training set (as with the datamodule ``LabelledFolder``),
+    or both.
+
+    Images have values in [0, 1]: the model itself normalises them for its backbone. Validation, which sets the
+    thresholds, runs once, when training ends.
+
+    Args:
+        backbone (str): CNN of timm, with or without the tag of its weights.
+            Defaults to ``"tf_efficientnet_b4.aa_in1k"``.
+        layers (Sequence[str] | None): Stages whose features are concatenated, by their names in timm. ``None`` stands
+            for all.
+            Defaults to ``None``.
+        pre_trained (bool): Use timm's weights of the backbone.
+            Defaults to ``True``.
+        backbone_weights (str | Path | None): File with weights of the backbone in timm's format, to use instead.
+            Defaults to ``None``.
+        image_size (int | tuple[int, int] | None): Height and width that images are resized to, in pixels; an int means
+            a square. ``None`` takes the size of ``pre_processor``, or else 256 x 256.
+            Defaults to ``None``.
+        feature_size (int | tuple[int, int] | None): Height and width of the feature map: those of one of the
+            backbone's stages. ``None`` stands for the stage with stride 16.
+            Defaults to ``None``.
+        embed_dim (int): Width of the tokens.
+            Defaults to ``256``.
+        depth (int): Number of encoder layers, and of decoder layers.
+            Defaults to ``4``.
+        num_heads (int): Number of heads of each attention.
+            Defaults to ``8``.
+        mlp_dim (int): Hidden width of the feed-forward networks.
+            Defaults to ``1024``.
+        dropout (float): Fraction of the output of each attention and feed-forward network that is dropped in training.
+            Defaults to ``0.1``.
+        query (Literal["learned", "encoder"]): Decode a learned query embedding, or the encoder embedding.
+            Defaults to ``"learned"``.
+        attention (Literal["multihead", "concat"]): Multi-head attention, or concatenation and projection.
+            Defaults to ``"multihead"``.
+        pool_size (int): Side of the window, in pixels, over which the map is averaged for the image's score.
+            Defaults to ``16``.
+        labels (Literal["pixel", "image"] | None): Train ADTR+ with the masks (L_px) or with the labels (L_img) of
+            anomalies; ``None`` trains ADTR (L_norm).
+            Defaults to ``None``.
+        normal_checkpoint (str | Path | None): Checkpoint of the ADTR that ADTR+ starts from.
+            Defaults to ``None``.
+        confetti (float): Probability with which ADTR+ draws confetti noise on a normal training image.
+            Defaults to ``0.0``.
+        alpha (float): Weight of the push in L_px and L_img.
+            Defaults to ``0.003``.
+        top_k (int): Number of cells k of L_img.
+            Defaults to ``20``.
+        learning_rate (float): Initial learning rate of AdamW.
+            Defaults to ``1e-4``.
+        weight_decay (float): Weight decay of AdamW.
+            Defaults to ``1e-4``.
+        lr_drop_epoch (int): Epoch after which the learning rate is a tenth.
+            Defaults to ``400``.
+        pre_processor (PreProcessor | bool): Pre-processor.
+            Defaults to ``True``.
+        post_processor (PostProcessor | bool): Post-processor.
+            Defaults to ``True``.
+        evaluator (Evaluator | bool): Evaluator.
+            Defaults to ``True``.
+        visualizer (Visualizer | bool): Visualizer.
+            Defaults to ``True``.
+
+    Raises:
+        ValueError: If an argument is out of its range or does not fit another.
+        FileNotFoundError: If ``backbone_weights`` is not a file.
+        ConnectionError: If the backbone's weights can be had neither from the local cache nor from the network.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "tf_efficientnet_b4.aa_in1k",
+        layers: Sequence[str] | None = None,
+        pre_trained: bool = True,
+        backbone_weights: str | Path | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        feature_size: int | tuple[int, int] | None = None,
+        embed_dim: int = 256,
+        depth: int = 4,
+        num_heads: int = 8,
+        mlp_dim: int = 1024,
+        dropout: float = 0.1,
+        query: Literal["learned", "encoder"] = "learned",
+        attention: Literal["multihead", "concat"] = "multihead",
+        pool_size: int = 16,
+        labels: Literal["pixel", "image"] | None = None,
+        normal_checkpoint: str | Path | None = None,
+        confetti: float = 0.0,
+        alpha: float = 0.003,
+        top_k: int = 20,
+        learning_rate: float = 1e-4,
+        weight_decay: float = 1e-4,
+        lr_drop_epoch: int = 400,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        # assigned before the arguments are saved as hyper-parameters, which are plain data
+        image_size = resolve_image_size(image_size, pre_processor, DEFAULT_IMAGE_SIZE)
+        backbone_weights = backbone_weights and str(backbone_weights)
+        normal_checkpoint = normal_checkpoint and str(normal_checkpoint)
+        refuse_normalize(pre_processor)
+        if pre_processor is True:
+            pre_processor = self.configure_pre_processor(image_size)
+        super().__init__(
+            pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
+        )
+        for name in ("alpha", "learning_rate", "lr_drop_epoch"):
+            if self.hparams[name] <= 0:
+                msg = f"{name} must be positive, got {self.hparams[name]}."
+                raise ValueError(msg)
+
+        self.model: ADTRModel = ADTRModel(
+            backbone=backbone,
+            layers=layers,
+            pre_trained=pre_trained,
+            backbone_weights=backbone_weights,
+            image_size=image_size,
+            feature_size=feature_size,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_dim=mlp_dim,
+            dropout=dropout,
+            query=query,
+            attention=attention,
+            pool_size=pool_size,
+        )
+        self.loss = _choose_loss(labels, alpha, top_k, math.prod(self.model.feature_size))
+        self.confetti = ConfettiNoise(confetti) if confetti else None
+        self.labels = labels
+        self.normal_checkpoint = normal_checkpoint
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.lr_drop_epoch = lr_drop_epoch
+
+    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LRScheduler]]:
+        """AdamW, and a tenth of the learning rate after ``lr_drop_epoch`` epochs (section 4.2)."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
+        return [optimizer], [torch.optim.lr_scheduler.MultiStepLR(optimizer, [self.lr_drop_epoch])]
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """Anomalib's components, validation at the end, and random numbers that a resumed run continues."""
+        return [*cast("Sequence[Callback]", super().configure_callbacks()), ValidationAtEnd(), RandomState()]
+
+    def setup(self, stage: str) -> None:
+        """Look at the training data before a long training, and start ADTR+ from an ADTR.
+
+        Args:
+            stage (str): ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+
+        Raises:
+            ValueError: If the training data or ``normal_checkpoint`` do not fit ``labels``.
+        """
+        if stage != "fit":
+            return
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule:
+            check_training_files(datamodule)
+            self._check_labels(datamodule.train_data)
+        # a run that goes on has its own weights
+        if self.labels and self.trainer.ckpt_path is None:
+            self._load_normal_checkpoint()
+
+    def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Rebuild the features of a batch.
+
+        Args:
+            batch (Batch): Batch of B pre-processed training images.
+            *args (Any): Not used.
+            **kwargs (Any): Not used.
+
+        Returns:
+            STEP_OUTPUT: The loss.
+        """
+        del args, kwargs
+        images, masks, labels = self._anomalies(batch)
+        features = self.model.extract_features(images)
+        reconstruction = self.model.reconstruct(features).float()
+        targets = {None: (), "pixel": (masks,), "image": (labels,)}[self.labels]
+        with torch.autocast(self.device.type, enabled=False):
+            loss = self.loss(features, reconstruction, *targets)
+        self.log("train_loss", loss, prog_bar=True, on_epoch=True, batch_size=len(images))
+        return loss
+
+    def _anomalies(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, 3, H, W), masks (B, H, W) and labels (B,) of a batch, confetti included."""
+        images = cast("Tensor", batch.image)
+        labels = torch.zeros(len(images), dtype=torch.bool, device=self.device)
+        masks = torch.zeros_like(images[:, 0], dtype=torch.bool)
+        if batch.gt_label is not None:
+            labels = labels | batch.gt_label.bool()
+        if batch.gt_mask is not None:
+            masks = masks | batch.gt_mask.bool()
+        if self.confetti:
+            noisy, drawn = self.confetti(images)
+            images = torch.where(labels[:, None, None, None], images, noisy)
+            masks = masks | drawn & ~labels[:, None, None]
+            labels = labels | drawn.any(dim=(1, 2))
+        return images, masks, labels
+
+    def validation_step(self, batch: Batch, batch_idx: int, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Score a batch of images.
+
+        Args:
+            batch (Batch): Batch of B pre-processed images.
+            batch_idx (int): Not used.
+            *args (Any): Not used.
+            **kwargs (Any): Not used.
+
+        Returns:
+            STEP_OUTPUT: The batch with ``pred_score`` and ``anomaly_map``.
+        """
+        del batch_idx, args, kwargs
+        return batch.update(**self.model(batch.image)._asdict())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that does not fit.
+
+        Args:
+            checkpoint (dict[str, Any]): The checkpoint.
+
+        Raises:
+            ValueError: If it is of another model, or of a network with other arguments.
+        """
+        refuse_other_networks(checkpoint, "ADTR", self.hparams, NETWORK_ARGUMENTS)
+        super().on_load_checkpoint(checkpoint)
+
+    def _check_labels(self, dataset: AnomalibDataset) -> None:
+        """Compare the training set with ``labels``."""
+        anomalous = dataset.samples[dataset.samples.label_index == 1]
+        if not self.labels and len(anomalous):
+            msg = (
+                f"labels=None trains on normal images alone, but the training set has {len(anomalous)} anomalous ones; "
+                "pass labels='pixel' or labels='image', or leave them out."
+            )
+            raise ValueError(msg)
+        if self.labels and not self.confetti and not len(anomalous):
+            msg = (
+                f"labels={self.labels!r} trains ADTR+, which needs anomalies, but the training set has none; pass "
+                "confetti=0.5, or anomalies by a datamodule such as LabelledFolder."
+            )
+            raise ValueError(msg)
+
+        if self.labels == "pixel" and len(anomalous) and dataset.task != "segmentation":
+            msg = (
+                "labels='pixel' needs a mask for each anomalous training image, but the training set has none, or not "
+                "for all; give the masks (train_mask_dir of LabelledFolder), or pass labels='image'."
+            )
+            raise ValueError(msg)
+
+    def _load_normal_checkpoint(self) -> None:
+        """Load the weights of the ADTR that ADTR+ starts from."""
+        if self.normal_checkpoint is None or not Path(self.normal_checkpoint).is_file():
+            msg = (
+                f"normal_checkpoint={self.normal_checkpoint} is not a file; ADTR+ starts from the checkpoint of an "
+                "ADTR trained with labels=None."
+            )
+            raise ValueError(msg)
+        checkpoint = torch.load(self.normal_checkpoint, map_location="cpu", weights_only=True)
+        refuse_other_networks(checkpoint, "ADTR", self.hparams, NETWORK_ARGUMENTS)
+        weights = {key: value for key, value in checkpoint["state_dict"].items() if key.startswith("model.")}
+        self.load_state_dict(weights, strict=False)
+
+    @staticmethod
+    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Resize images; the model normalises them for its backbone.
+
+        Args:
+            image_size (tuple[int, int] | None): Height and width.
+                Defaults to ``None``, which means 256 x 256.
+
+        Returns:
+            PreProcessor: Pre-processor.
+        """
+        return ExactResizePreProcessor(Resize(image_size or DEFAULT_IMAGE_SIZE, antialias=True))
+
+    @staticmethod
+    def configure_evaluator() -> RawScoreEvaluator:
+        """Image and pixel AUROC and F1 score, and pixel AUPRO, on raw scores."""
+        return RawScoreEvaluator()
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """None: the number of epochs is a matter of the config, or of ``--trainer.max_epochs``."""
+        return {}
+
+    @property
+    def learning_type(self) -> LearningType:
+        """One-class: ADTR is trained on normal images, and ADTR+ needs no more of its anomalies than that they are."""
+        return LearningType.ONE_CLASS
+
+
+def _choose_loss(labels: str | None, alpha: float, top_k: int, num_cells: int) -> NormalLoss | PixelLoss | ImageLoss:
+    if labels is None:
+        return NormalLoss()
+    if labels == "pixel":
+        return PixelLoss(alpha)
+    if labels != "image":
+        msg = f"labels must be None, 'pixel' or 'image', got {labels!r}."
+        raise ValueError(msg)
+    if not 1 <= top_k <= num_cells:
+        msg = f"top_k must be from 1 to the {num_cells} cells of the feature map, got {top_k}."
+        raise ValueError(msg)
+    return ImageLoss(alpha, top_k)

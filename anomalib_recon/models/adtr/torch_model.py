@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""ADTR, the network: embedding, reconstruction and comparison, as in section 3.1 of the paper.
+
+Example:
+    >>> import torch
+    >>> from anomalib_recon.models.adtr.torch_model import ADTRModel
+    >>> model = ADTRModel(backbone="resnet18", pre_trained=False, image_size=(64, 64)).eval()
+    >>> features = model.extract_features(torch.rand(1, 3, 64, 64))
+    >>> model.reconstruct(features).shape
+    torch.Size([1, 1024, 4, 4])
+
+Paper:
+    ADTR: Anomaly Detection Transformer with Feature Reconstruction, https://arxiv.org/abs/2209.01816
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from anomalib.data import InferenceBatch
+from torch import Tensor, nn
+
+from anomalib_recon.models.components import FrozenBackbone, stage_strides
+from anomalib_recon.pre_processing import AntialiasResize
+
+from .anomaly_map import AnomalyMapGenerator
+
+DEFAULT_STRIDE = 16
+
+
+class ConcatProjection(nn.Module):
+    """What replaces an attention layer in the paper's ablation: a concatenation followed by a projection (section 4.4).
+
+    Args:
+        embed_dim (int): Width of the tokens D.
+    """
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(2 * embed_dim, embed_dim)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Join each token with the one at its own place; all shapes are ``(B, T, D)``."""
+        del key
+        return self.projection(torch.cat([query, value], dim=-1))
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """Multi-head attention of the standard transformer, without its attention maps.
+
+    Args:
+        embed_dim (int): Width of the tokens D.
+        num_heads (int): Number of heads; divides D.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int) -> None:
+        super().__init__(embed_dim, num_heads, batch_first=True)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
+        """Let each query attend to the keys; all shapes are ``(B, T, D)``."""
+        return super().forward(query, key, value, need_weights=False)[0]
+
+
+def _attention(kind: str, embed_dim: int, num_heads: int) -> nn.Module:
+    return MultiheadAttention(embed_dim, num_heads) if kind == "multihead" else ConcatProjection(embed_dim)
+
+
+def _feed_forward(embed_dim: int, mlp_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(embed_dim, mlp_dim), nn.ReLU(), nn.Linear(mlp_dim, embed_dim))
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward network, each with a shortcut and layer normalisation (appendix A).
+
+    Args:
+        embed_dim (int): Width of the tokens D.
+        num_heads (int): Number of heads.
+        mlp_dim (int): Hidden width of the feed-forward network.
+        dropout (float): Fraction of each part's output that is dropped in training.
+        attention (str): ``"multihead"`` or ``"concat"``.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, dropout: float, attention: str) -> None:
+        super().__init__()
+        self.self_attention = _attention(attention, embed_dim, num_heads)
+        self.feed_forward = _feed_forward(embed_dim, mlp_dim)
+        self.norm1, self.norm2 = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor, position: Tensor) -> Tensor:
+        """Encode tokens.
+
+        Args:
+            tokens (Tensor): Tokens of shape ``(B, hw, D)``.
+            position (Tensor): Position embedding of shape ``(1, hw, D)``.
+
+        Returns:
+            Tensor: Tokens of shape ``(B, hw, D)``.
+        """
+        located = tokens + position
+        tokens = self.norm1(tokens + self.dropout(self.self_attention(located, located, tokens)))
+        return self.norm2(tokens + self.dropout(self.feed_forward(tokens)))
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, attention to the encoder, and feed-forward network (appendix A).
+
+    Args:
+        embed_dim (int): Width of the tokens D.
+        num_heads (int): Number of heads.
+        mlp_dim (int): Hidden width of the feed-forward network.
+        dropout (float): Fraction of each part's output that is dropped in training.
+        attention (str): ``"multihead"`` or ``"concat"``.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, dropout: float, attention: str) -> None:
+        super().__init__()
+        self.self_attention = _attention(attention, embed_dim, num_heads)
+        self.cross_attention = _attention(attention, embed_dim, num_heads)
+        self.feed_forward = _feed_forward(embed_dim, mlp_dim)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(embed_dim) for _ in range(3))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, query: Tensor, encoded: Tensor, position: Tensor) -> Tensor:
+        """Decode a query.
+
+        Args:
+            query (Tensor): Query embedding, or the output of the layer before, of shape ``(B, hw, D)``.
+            encoded (Tensor): Output of the encoder, of shape ``(B, hw, D)``.
+            position (Tensor): Position embedding of shape ``(1, hw, D)``.
+
+        Returns:
+            Tensor: Tokens of shape ``(B, hw, D)``.
+        """
+        located = query + position
+        query = self.norm1(query + self.dropout(self.self_attention(located, located, query)))
+        query = self.norm2(query + self.dropout(self.cross_attention(query + position, encoded + position, encoded)))
+        return self.norm3(query + self.dropout(self.feed_forward(query)))
+
+
+class ADTRModel(nn.Module):
+    """A frozen backbone's features, and the transformer that rebuilds them from a learned query.
+
+    Args:
+        backbone (str): CNN of timm, with or without the tag of its weights.
+            Defaults to ``"tf_efficientnet_b4.aa_in1k"``.
+        layers (Sequence[str] | None): Stages whose features are concatenated, by their names in timm. ``None`` stands
+            for all.
+            Defaults to ``None``.
+        pre_trained (bool): Use timm's weights of the backbone.
+            Defaults to ``True``.
+        backbone_weights (str | Path | None): File with weights of the backbone, to use instead.
+            Defaults to ``None``.
+        image_size (tuple[int, int]): Height and width of the images in pixels.
+            Defaults to ``(256, 256)``.
+        feature_size (int | tuple[int, int] | None): Height h and width w of the feature map: those of one of the
+            backbone's stages. ``None`` stands for the stage with stride 16.
+            Defaults to ``None``.
+        embed_dim (int): Width of the tokens D.
+            Defaults to ``256``.
+        depth (int): Number of encoder layers, and of decoder layers.
+            Defaults to ``4``.
+        num_heads (int): Number of heads of each attention.
+            Defaults to ``8``.
+        mlp_dim (int): Hidden width of the feed-forward networks.
+            Defaults to ``1024``.
+        dropout (float): Fraction of the output of each attention and feed-forward network that is dropped in training.
+            Defaults to ``0.1``.
+        query (Literal["learned", "encoder"]): Decode a learned query embedding, or the encoder embedding (the paper's
+            ablation "w/o Query").
+            Defaults to ``"learned"``.
+        attention (Literal["multihead", "concat"]): Multi-head attention, or concatenation and projection (the paper's
+            ablation "w/o Attn").
+            Defaults to ``"multihead"``.
+        pool_size (int): Side of the window, in pixels, over which the map is averaged for the image's score.
+            Defaults to ``16``.
+
+    Raises:
+        ValueError: If an argument is out of its range or does not fit another.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "tf_efficientnet_b4.aa_in1k",
+        layers: Sequence[str] | None = None,
+        pre_trained: bool = True,
+        backbone_weights: str | Path | None = None,
+        image_size: tuple[int, int] = (256, 256),
+        feature_size: int | tuple[int, int] | None = None,
+        embed_dim: int = 256,
+        depth: int = 4,
+        num_heads: int = 8,
+        mlp_dim: int = 1024,
+        dropout: float = 0.1,
+        query: Literal["learned", "encoder"] = "learned",
+        attention: Literal["multihead", "concat"] = "multihead",
+        pool_size: int = 16,
+    ) -> None:
+        super().__init__()
+        _check_arguments(image_size, embed_dim, depth, num_heads, mlp_dim, dropout, query, attention, pool_size)
+        self.feature_size = find_feature_size(backbone, image_size, feature_size)
+        self.backbone = FrozenBackbone(backbone, layers, pre_trained, backbone_weights)
+        self.resize = AntialiasResize(self.feature_size)
+        num_channels = sum(self.backbone.num_channels)
+        num_tokens = math.prod(self.feature_size)
+
+        self.reduce = nn.Conv2d(num_channels, embed_dim, kernel_size=1)
+        self.position = nn.Parameter(torch.empty(1, num_tokens, embed_dim))
+        self.encoder = nn.ModuleList(
+            EncoderLayer(embed_dim, num_heads, mlp_dim, dropout, attention) for _ in range(depth)
+        )
+        self.query = nn.Parameter(torch.empty(1, num_tokens, embed_dim)) if query == "learned" else None
+        self.decoder = nn.ModuleList(
+            DecoderLayer(embed_dim, num_heads, mlp_dim, dropout, attention) for _ in range(depth)
+        )
+        self.recover = nn.Conv2d(embed_dim, num_channels, kernel_size=1)
+        self.anomaly_map_generator = AnomalyMapGenerator(pool_size)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """Draw the weights of the transformer as the standard one does, the embeddings as ViT does."""
+        for layers in (self.encoder, self.decoder):
+            for parameter in layers.parameters():
+                if parameter.dim() > 1:
+                    nn.init.xavier_uniform_(parameter)
+        for embedding in (self.position, self.query):
+            if embedding is not None:
+                nn.init.normal_(embedding, std=0.02)
+
+    def extract_features(self, images: Tensor) -> Tensor:
+        """Resize the backbone's feature maps to one size and concatenate them ("Embedding").
+
+        Args:
+            images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
+
+        Returns:
+            Tensor: Features f of shape ``(B, C, h, w)``, without gradient.
+        """
+        return torch.cat([self.resize(features.float()) for features in self.backbone(images)], dim=1)
+
+    def reconstruct(self, features: Tensor) -> Tensor:
+        """Rebuild features with the transformer ("Reconstruction").
+
+        Args:
+            features (Tensor): Features f of shape ``(B, C, h, w)``.
+
+        Returns:
+            Tensor: Reconstruction of the same shape.
+        """
+        tokens = self.reduce(features).flatten(2).transpose(1, 2)  # (B, hw, D)
+        for layer in self.encoder:
+            tokens = layer(tokens, self.position)
+        rebuilt = tokens if self.query is None else self.query.expand_as(tokens)
+        for layer in self.decoder:
+            rebuilt = layer(rebuilt, tokens, self.position)
+        return self.recover(rebuilt.transpose(1, 2).unflatten(2, self.feature_size))
+
+    def forward(self, images: Tensor) -> InferenceBatch:
+        """Score images ("Inference").
+
+        Args:
+            images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
+
+        Returns:
+            InferenceBatch: ``pred_score`` of shape ``(B,)`` and ``anomaly_map`` of shape ``(B, 1, H, W)``, both not
+                negative and without an upper limit.
+        """
+        features = self.extract_features(images)
+        reconstruction = self.reconstruct(features)
+        with torch.autocast(images.device.type, enabled=False):
+            anomaly_map = self.anomaly_map_generator(features, reconstruction.float(), images.shape[-2:])
+            pred_score = self.anomaly_map_generator.score(anomaly_map)
+        return InferenceBatch(pred_score=pred_score, anomaly_map=anomaly_map)
+
+
+def find_feature_size(
+    backbone: str, image_size: tuple[int, int], feature_size: int | tuple[int, int] | None
+) -> tuple[int, int]:
+    """Find the size of the feature map, which is that of one of the backbone's stages.
+
+    Args:
+        backbone (str): CNN of timm.
+        image_size (tuple[int, int]): Height and width of the images in pixels.
+        feature_size (int | tuple[int, int] | None): Size as given by the user.
+
+    Returns:
+        tuple[int, int]: Height and width.
+
+    Raises:
+        ValueError: If no stage has the size.
+    """
+    height, width = image_size
+    sizes = {
+        stride: (math.ceil(height / stride), math.ceil(width / stride)) for stride in stage_strides(backbone).values()
+    }
+    if feature_size is None and DEFAULT_STRIDE in sizes:
+        return sizes[DEFAULT_STRIDE]
+    size = (feature_size, feature_size) if isinstance(feature_size, int) else feature_size
+    if size is None or tuple(size) not in sizes.values():
+        listed = ", ".join(f"{rows} x {columns}" for rows, columns in sizes.values())
+        msg = (
+            f"feature_size must be one of {listed}, the sizes of the stages of backbone={backbone!r} for image_size="
+            f"{image_size}, got {feature_size}."
+        )
+        raise ValueError(msg)
+    return size
+
+
+def _check_arguments(
+    image_size: tuple[int, int],
+    embed_dim: int,
+    depth: int,
+    num_heads: int,
+    mlp_dim: int,
+    dropout: float,
+    query: str,
+    attention: str,
+    pool_size: int,
+) -> None:
+    sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "mlp_dim": mlp_dim, "pool_size": pool_size}
+    for name, value in sizes.items():
+        if value < 1:
+            msg = f"{name} must be at least 1, got {value}."
+            raise ValueError(msg)
+    if embed_dim % num_heads:
+        msg = f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}."
+        raise ValueError(msg)
+    if not 0 <= dropout < 1:
+        msg = f"dropout must be at least 0 and below 1, got {dropout}."
+        raise ValueError(msg)
+    if query not in {"learned", "encoder"}:
+        msg = f"query must be 'learned' or 'encoder', got {query!r}."
+        raise ValueError(msg)
+    if attention not in {"multihead", "concat"}:
+        msg = f"attention must be 'multihead' or 'concat', got {attention!r}."
+        raise ValueError(msg)
+    if pool_size > min(image_size):
+        msg = f"pool_size must not exceed image_size, got {pool_size} and {image_size}."
+        raise ValueError(msg)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A folder of images with labelled anomalies among the training images.
+r"""A folder of images with labelled anomalies among the training images.
 
 anomalib's own datamodules train on normal images alone. Models that learn from known defects as well, such as ADTR+,
 get them here.
@@ -22,8 +22,11 @@ Example:
     On the command line::
 
         anomalib train --model ADTR --data LabelledFolder --data.name screw --data.root datasets/MVTecAD/screw \
-            --data.normal_dir train/good --data.normal_test_dir test/good --data.abnormal_dir "[test/scratch_head]" \
-            --data.train_abnormal_dir test/scratch_head --data.num_train_abnormal 5
+            --data.normal_dir train/good --data.normal_test_dir test/good \
+            --data.abnormal_dir "[test/scratch_head, test/thread_top]" \
+            --data.mask_dir "[ground_truth/scratch_head, ground_truth/thread_top]" \
+            --data.train_abnormal_dir test/scratch_head --data.train_mask_dir ground_truth/scratch_head \
+            --data.num_train_abnormal 5
 """
 
 from collections.abc import Iterable, Sequence
@@ -37,6 +40,7 @@ from anomalib.data.utils import LabelName, Split, TestSplitMode, ValSplitMode, r
 from anomalib.data.utils.path import DirType, resolve_path
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import Transform
+from torchvision.transforms.v2.functional import resize
 from torchvision.tv_tensors import Mask
 
 Folders = str | Path | Sequence[str | Path]
@@ -94,7 +98,7 @@ class LabelledFolderDataset(AnomalibDataset):
 
 def _load_mask(sample: pd.Series, size: tuple[int, ...]) -> Mask:
     if sample.mask_path:
-        return read_mask(sample.mask_path, as_tensor=True)
+        return resize(read_mask(sample.mask_path, as_tensor=True), list(size))  # to the nearest pixel, as it is a Mask
     return Mask(torch.full(size, sample.label == IRRELEVANT, dtype=torch.uint8))
 
 
@@ -108,7 +112,8 @@ class LabelledFolder(Folder):
 
     Batches of the training set have ``gt_label`` 0 or 1. They also have a ``gt_mask`` unless ``train_abnormal_dir`` is
     given without ``train_mask_dir``; the task of ``train_data`` is classification then (see
-    :class:`LabelledFolderDataset`), and a model whose loss needs masks can refuse it.
+    :class:`LabelledFolderDataset`), and a model whose loss needs masks can refuse it. A model that ignores labels, as
+    anomalib's own do, would take the anomalies for normal.
 
     Args:
         name: Name of the dataset, for the results.
@@ -136,7 +141,8 @@ class LabelledFolder(Folder):
         train_abnormal_dir: Folder or folders of defects to train on; may overlap ``abnormal_dir``. Defaults to
             ``None``.
         train_mask_dir: One folder of masks for each of ``train_abnormal_dir``, in the same order. The mask of
-            ``a/000.png`` is ``a/000.png`` or ``a/000_mask.png`` there, with any extension. Defaults to ``None``.
+            ``a/000.png`` is ``a/000.png`` or ``a/000_mask.png`` there, with any extension and of any size. Defaults
+            to ``None``.
         num_train_abnormal: Number of defects to draw. Defaults to ``None``, which means all.
         irrelevant_dir: Folder or folders of irrelevant images. Defaults to ``None``.
         num_irrelevant: Number of irrelevant images to draw. Defaults to ``None``, which means all.

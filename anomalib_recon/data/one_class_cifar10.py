@@ -2,15 +2,15 @@
 
 """One class of CIFAR-10 against the nine others (section 4.1 of the ADTR paper).
 
-The images lie in ``root`` like this:
+The data lie in ``root``:
 
-=============================== ===================================================================================
-folder or file                  content
-=============================== ===================================================================================
-``cifar-10-batches-py``         CIFAR-10 as published; so does ``cifar-100-python`` hold CIFAR-100
-``cifar10/train/cat/00012.png`` the same images as files, which anomalib needs; ``cifar10/test`` and ``cifar100/train``
-                                alike. The number is the image's place in the published set
-=============================== ===================================================================================
+============================================= ======================================================================
+folder                                        content
+============================================= ======================================================================
+``cifar-10-batches-py``, ``cifar-100-python`` the data sets as published, to write the files from
+``cifar10/train``, ``cifar10/test``,          the images as files, which anomalib works on: ``cat/00012.png`` is a
+``cifar100/train``                            cat, and the 13th image of that part of the data set
+============================================= ======================================================================
 
 Example:
     >>> from anomalib_recon.data import OneClassCIFAR10

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Data for trying the models without a download."""
+"""Datamodules: data to try the models without a download, labelled anomalies to train on, one class of CIFAR-10."""
 
 from anomalib_recon.discovery import publish
 
 from .demo import DemoAD
+from .labelled_folder import LabelledFolder
+from .one_class_cifar10 import OneClassCIFAR10
 
-__all__ = ["DemoAD"]
+__all__ = ["DemoAD", "LabelledFolder", "OneClassCIFAR10"]
 
 publish(__name__)

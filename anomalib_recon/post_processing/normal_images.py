@@ -9,7 +9,7 @@ import torch
 from anomalib.data import AnomalibDataset, ImageBatch
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.models import AnomalibModule
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize, Transform
 
@@ -68,10 +68,10 @@ def score_images(trainer: Trainer, module: AnomalibModule, dataset: AnomalibData
     module.eval()
     for index, loaded in enumerate(loader):
         batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(loaded))
-        if module.pre_processor:
+        if isinstance(module.pre_processor, Callback):
             module.pre_processor.on_test_batch_start(trainer, module, batch, index)
         with trainer.precision_plugin.test_step_context():
-            scored = module.test_step(batch, index)
+            scored = cast("ImageBatch", module.test_step(batch, index))
         yield scored
     for part, mode in training.items():
         part.training = mode

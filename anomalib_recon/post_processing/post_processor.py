@@ -54,7 +54,8 @@ class FalsePositiveRatePostProcessor(PostProcessor):
 
     In a checkpoint the thresholds are anomalib's own: a model that is loaded with a plain ``PostProcessor`` gives the
     same labels. The rates are in it for the record. They act at the end of ``fit`` only, with the values of the
-    constructor; so ``fit`` from the checkpoint of a finished training sets thresholds at other rates.
+    constructor. So ``fit`` from the checkpoint of a finished training, of which no epoch is left, sets thresholds at
+    other rates and saves a new checkpoint.
 
     Args:
         pixel_fpr: Highest fraction of the pixels of normal images to be called anomalous, in (0, 1).
@@ -146,8 +147,11 @@ class FalsePositiveRatePostProcessor(PostProcessor):
         module = cast("AnomalibModule", pl_module)
         module.to(trainer.strategy.root_device)
         self._set_thresholds(trainer, module)
+        paths = _checkpoints(trainer)
+        if not paths and trainer.ckpt_path and isinstance(trainer.checkpoint_callback, ModelCheckpoint):
+            _save_resumed(trainer, trainer.checkpoint_callback)
         final = {name: value.to("cpu", copy=True) for name, value in module.state_dict().items()}
-        for path in _kept_checkpoints(trainer):
+        for path in paths:
             checkpoint = trainer.strategy.checkpoint_io.load_checkpoint(path, map_location="cpu")
             if not _same_weights(checkpoint["state_dict"], final):
                 module.load_state_dict(checkpoint["state_dict"])
@@ -201,15 +205,23 @@ class FalsePositiveRatePostProcessor(PostProcessor):
         return normal_images(dataset, getattr(module.pre_processor, "transform", None))
 
 
-def _kept_checkpoints(trainer: Trainer) -> list[Path]:
-    """Files that the checkpoint callbacks name, each once."""
-    paths = [
-        path
+def _checkpoints(trainer: Trainer) -> list[Path]:
+    """Checkpoints of this run, without that from which it was resumed."""
+    paths = {
+        Path(path).resolve()
         for callback in trainer.checkpoint_callbacks
         if isinstance(callback, ModelCheckpoint)
         for path in (callback.best_model_path, callback.last_model_path, *callback.best_k_models)
-    ]
-    return sorted({Path(path).resolve() for path in paths if path and Path(path).is_file()})
+        if path and Path(cast("str", callback.dirpath)).resolve() in Path(path).resolve().parents
+    }
+    return sorted(path for path in paths if path.is_file())
+
+
+def _save_resumed(trainer: Trainer, callback: ModelCheckpoint) -> None:
+    """Save a model of which no epoch was left to train, so that nothing has been saved."""
+    progress = {"epoch": torch.tensor(trainer.current_epoch), "step": torch.tensor(trainer.global_step)}
+    callback.best_model_path = callback.format_checkpoint_name(progress)
+    trainer.save_checkpoint(callback.best_model_path)
 
 
 def _same_weights(state: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

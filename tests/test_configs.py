@@ -6,7 +6,7 @@ import pytest
 import yaml
 from anomalib.cli.cli import AnomalibCLI
 
-from anomalib_recon.models import InTra
+from anomalib_recon.models import ADTR, InTra
 from anomalib_recon.models.intra.torch_model import check_sizes
 from anomalib_recon.quickstart import config_path
 
@@ -30,21 +30,37 @@ def test_every_mvtec_category_has_the_image_size_of_the_paper() -> None:
         check_sizes((size, size), patch_size=16, window_size=7)
 
 
-def test_the_paper_config_states_the_defaults() -> None:
-    arguments = read("model/intra.yaml")["model"]["init_args"]
+@pytest.mark.parametrize(
+    ("model", "name", "given"),
+    [
+        (InTra, "model/intra.yaml", {"image_size": 256}),
+        (ADTR, "model/adtr.yaml", {"image_size": 256, "feature_size": 16}),
+    ],
+)
+def test_the_paper_config_states_the_defaults(model: type, name: str, given: dict) -> None:
+    arguments = read(name)["model"]["init_args"]
     defaults = {
         name: parameter.default
-        for name, parameter in inspect.signature(InTra).parameters.items()
+        for name, parameter in inspect.signature(model).parameters.items()
         if name not in {"pre_processor", "post_processor", "evaluator", "visualizer"}
     }
-    assert arguments == {**defaults, "image_size": 256}
+    assert arguments == {**defaults, **given}
 
 
-@pytest.mark.parametrize("name", ["model/intra.yaml", "quickstart/intra.yaml", "mvtec_ad/intra/screw.yaml"])
-def test_anomalib_reads_the_configs(name: str) -> None:
-    args = ["train", "--config", str(config_path(name)), "--data", "DemoAD"]
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("model/intra.yaml", ["--data", "DemoAD", "--model.depth", "1", "--model.embed_dim", "16"]),
+        ("quickstart/intra.yaml", ["--model.depth", "1", "--model.embed_dim", "16"]),
+        ("mvtec_ad/intra/screw.yaml", ["--model.depth", "1", "--model.embed_dim", "16"]),
+        ("model/adtr.yaml", ["--data.category", "screw", "--model.pre_trained", "false"]),
+        ("model/adtr_512.yaml", ["--model.pre_trained", "false"]),
+        ("model/adtr_cifar10.yaml", ["--data.normal_class", "dog", "--model.pre_trained", "false"]),
+        ("model/adtr_plus.yaml", ["--model.normal_checkpoint", "model.ckpt", "--model.pre_trained", "false"]),
+        ("model/adtr_plus_cifar10.yaml", ["--model.normal_checkpoint", "model.ckpt", "--model.pre_trained", "false"]),
+    ],
+)
+def test_anomalib_reads_the_configs(name: str, arguments: list[str]) -> None:
     # arguments are checked and objects built; `run=False` stops before training
-    args = args if name.startswith("model") else args[:3]
-    small = ["--model.init_args.depth", "1", "--model.init_args.embed_dim", "16"]
-    cli = AnomalibCLI([*args, *small], run=False)
-    assert isinstance(cli.model, InTra)
+    cli = AnomalibCLI(["train", "--config", str(config_path(name)), *arguments], run=False)
+    assert type(cli.model).__name__ == read(name)["model"]["class_path"].split(".")[-1]

@@ -5,7 +5,8 @@
 from anomalib_recon.discovery import publish
 
 from .intra import InTra
+from .saae import SAAE
 
-__all__ = ["InTra"]
+__all__ = ["SAAE", "InTra"]
 
 publish(__name__)

@@ -205,7 +205,7 @@ def create_feature_extractor(
         stride = DEFAULT_CNN_STRIDE if feature_stride is None else feature_stride
         return RegionalFeatures(name, layers, image_size, stride, pre_trained, weights)
     if feature_stride not in {None, patch_size}:
-        msg = f"feature_stride must be the patch size {patch_size} of backbone={name!r}, got {feature_stride}; leave it out."
+        msg = f"feature_stride must be {patch_size}, the patch size of backbone={name!r}, got {feature_stride}."
         raise ValueError(msg)
     return VisionTransformerFeatures(
         name, DEFAULT_VIT_LAYERS if layers is None else layers, image_size, pre_trained, weights

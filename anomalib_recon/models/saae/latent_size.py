@@ -2,8 +2,8 @@
 
 """The latent width V: how many principal components hold most of the features' variance (section 4.1).
 
-The answer is that of a principal component analysis of all feature vectors at once, but no more than one image's vectors
-and two matrices of U x U numbers are in memory.
+The answer is that of a principal component analysis of all feature vectors at once, but no more than one image's
+vectors and two matrices of U x U numbers are in memory.
 
 Example:
     >>> import torch

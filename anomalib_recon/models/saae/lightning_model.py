@@ -211,15 +211,15 @@ class SAAE(BackboneInCheckpoint, CurrentOpsetExport, AnomalibModule):  # type: i
     def _find_latent_dim(self, datamodule: Any) -> int:
         """Find V from the features of all normal training images, shared among the processes."""
         strategy = self.trainer.strategy
-        model = self.model.to(strategy.root_device).eval()
+        model = self.model.to(strategy.root_device)
         transform = getattr(self.pre_processor, "transform", None)
         dataset = normal_training_set(datamodule.train_data)
         share = range(self.global_rank, len(dataset), self.trainer.world_size)
         covariance = FeatureCovariance(model.feature_extractor.num_channels, strategy.root_device)
         batches = load_images(dataset, share, datamodule.train_dataloader())
         for images in tqdm(batches, "Batches for the PCA", delay=10, leave=False, disable=self.global_rank > 0):
-            images = images.to(strategy.root_device)
-            covariance.update(model.extract_features(transform(images) if transform else images))
+            on_device = images.to(strategy.root_device)
+            covariance.update(model.extract_features(transform(on_device) if transform else on_device))
         covariance.reduce(lambda tensor: strategy.reduce(tensor, reduce_op="sum"))
         latent_dim = strategy.broadcast(covariance.num_components(self.explained_variance))
         logger.info(

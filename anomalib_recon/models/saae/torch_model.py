@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 

@@ -18,6 +18,7 @@ See Also:
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -71,22 +72,25 @@ NETWORK_ARGUMENTS = (
 )
 
 
-class SAAE(BackboneInCheckpoint, CurrentOpsetExport, AnomalibModule):  # type: ignore[misc]  # anomalib's to_onnx is not Lightning's
+class SAAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: ignore[misc]  # to_onnx as anomalib's
     """Self-attention autoencoder, trained to reconstruct a frozen backbone's features of normal images.
 
-    Before training, the latent width V is found by a principal component analysis of the features of all normal
-    training images, unless ``latent_dim`` gives it. A checkpoint knows its V.
+    Before training, the latent width V is found by a principal component analysis of the features of all training
+    images, unless ``latent_dim`` gives it. A checkpoint knows its V.
+
+    Images have values in [0, 1]: the model itself normalises them for its backbone. Validation, which sets the
+    thresholds, runs once, when training ends.
 
     Args:
         backbone (str): Vision transformer or CNN of timm, with or without the tag of its weights.
             Defaults to ``"vit_base_patch16_384.augreg_in21k_ft_in1k"``.
-        layers (list[str] | None): Layers whose outputs are concatenated. Of a vision transformer ``"patch_embed"``,
+        layers (Sequence[str] | None): Layers whose outputs are concatenated. Of a vision transformer ``"patch_embed"``,
             ``"blocks.0"``, ``"blocks.1"`` and so on; of a CNN timm's stages, or any modules. ``None`` stands for the
             linear projection and the first four blocks, or for all stages of a CNN.
             Defaults to ``None``.
         pre_trained (bool): Use timm's weights of the backbone.
             Defaults to ``True``.
-        backbone_weights (str | None): File with weights of the backbone in timm's format, to use instead.
+        backbone_weights (str | Path | None): File with weights of the backbone in timm's format, to use instead.
             Defaults to ``None``.
         image_size (int | tuple[int, int] | None): Height and width that images are resized to, in pixels; an int means
             a square. ``None`` takes the size of ``pre_processor``, or else 384 x 384.
@@ -125,14 +129,16 @@ class SAAE(BackboneInCheckpoint, CurrentOpsetExport, AnomalibModule):  # type: i
 
     Raises:
         ValueError: If an argument is out of its range or does not fit another.
+        FileNotFoundError: If ``backbone_weights`` is not a file.
+        ConnectionError: If the backbone's weights can be had neither from the local cache nor from the network.
     """
 
     def __init__(
         self,
         backbone: str = DEFAULT_BACKBONE,
-        layers: list[str] | None = None,
+        layers: Sequence[str] | None = None,
         pre_trained: bool = True,
-        backbone_weights: str | None = None,
+        backbone_weights: str | Path | None = None,
         image_size: int | tuple[int, int] | None = None,
         feature_stride: int | None = None,
         latent_dim: int | None = None,
@@ -149,9 +155,11 @@ class SAAE(BackboneInCheckpoint, CurrentOpsetExport, AnomalibModule):  # type: i
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        refuse_normalize(pre_processor)
-        # assigned before the arguments are saved as hyper-parameters, so that a checkpoint knows its image size
+        # assigned before the arguments are saved as hyper-parameters, which are plain data
         image_size = resolve_image_size(image_size, pre_processor, DEFAULT_IMAGE_SIZE)
+        layers = None if layers is None else list(layers)
+        backbone_weights = backbone_weights and str(backbone_weights)
+        refuse_normalize(pre_processor)
         if pre_processor is True:
             pre_processor = self.configure_pre_processor(image_size)
         super().__init__(
@@ -193,14 +201,17 @@ class SAAE(BackboneInCheckpoint, CurrentOpsetExport, AnomalibModule):  # type: i
             stage (str): ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
 
         Raises:
-            ValueError: If an image cannot be used, there is no normal training image, or no datamodule to find the
-                latent width with.
+            ValueError: If an image cannot be used, the training images are not all normal, or there is no datamodule
+                to find the latent width with.
         """
         if stage != "fit":
             return
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule:
             check_training_files(datamodule)
+            if anomalous := int((datamodule.train_data.samples.label_index == 1).sum()):
+                msg = f"SAAE trains on normal images alone, but {anomalous} of the training images are not; leave them out."
+                raise ValueError(msg)
         if self.model.autoencoder is None:
             if datamodule is None:
                 msg = "latent_dim must be given when training without a datamodule; pass it, or a datamodule."
@@ -209,7 +220,7 @@ class SAAE(BackboneInCheckpoint, CurrentOpsetExport, AnomalibModule):  # type: i
 
     @torch.no_grad()
     def _find_latent_dim(self, datamodule: Any) -> int:
-        """Find V from the features of all normal training images, shared among the processes."""
+        """Find V from the features of all training images, shared among the processes."""
         strategy = self.trainer.strategy
         model = self.model.to(strategy.root_device)
         transform = getattr(self.pre_processor, "transform", None)
@@ -242,8 +253,8 @@ class SAAE(BackboneInCheckpoint, CurrentOpsetExport, AnomalibModule):  # type: i
         return torch.optim.Adam(cast("torch.nn.Module", self.model.autoencoder).parameters(), lr=self.learning_rate)
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Anomalib's components, what lets a run be resumed, and what puts validation off."""
-        return [*cast("Sequence[Callback]", super().configure_callbacks()), RandomState(), ValidationAtEnd()]
+        """Anomalib's components, validation at the end, and random numbers that a resumed run continues."""
+        return [*cast("Sequence[Callback]", super().configure_callbacks()), ValidationAtEnd(), RandomState()]
 
     def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the loss of a batch of images.
@@ -262,18 +273,19 @@ class SAAE(BackboneInCheckpoint, CurrentOpsetExport, AnomalibModule):  # type: i
         self.log("train_loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(features))
         return loss
 
-    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+    def validation_step(self, batch: Batch, batch_idx: int, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Score a batch of images.
 
         Args:
             batch (Batch): Batch of B pre-processed images.
+            batch_idx (int): Not used.
             *args (Any): Not used.
             **kwargs (Any): Not used.
 
         Returns:
             STEP_OUTPUT: The batch with ``pred_score`` and ``anomaly_map``.
         """
-        del args, kwargs
+        del batch_idx, args, kwargs
         return batch.update(**self.model(batch.image)._asdict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch.nn import functional
@@ -12,9 +13,9 @@ from torch.nn import functional
 from anomalib_recon.models.components import FrozenBackbone
 from anomalib_recon.models.saae import SAAEModel
 from anomalib_recon.models.saae.features import create_feature_extractor
+from anomalib_recon.quickstart import config_path
 
 VIT = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
-VGG19_RELUS = [f"features.{index}" for index in (1, 3, 6, 8, 11, 13, 15, 17, 20, 22, 24, 26)]
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +90,11 @@ def test_default_backbone_has_the_channels_of_the_paper() -> None:
 
 
 def test_vgg19_has_the_features_of_the_ablation() -> None:
-    extractor = create_feature_extractor("vgg19", VGG19_RELUS, (64, 64), feature_stride=4, pre_trained=False)
-    assert extractor(torch.rand(1, 3, 64, 64)).shape == (1, 3456, 16, 16)
+    config = yaml.safe_load(config_path("model/saae_vgg19.yaml").read_text())["model"]["init_args"]
+    image_size, stride = (config["image_size"], config["image_size"]), config["feature_stride"]
+    extractor = create_feature_extractor(config["backbone"], config["layers"], image_size, stride, pre_trained=False)
+    assert (extractor.num_channels, *extractor.grid_size) == (3456, 64, 64)
+    assert extractor(torch.rand(1, 3, 256, 256)).shape == (1, 3456, 64, 64)
     assert max(int(name.split(".")[-2]) for name in extractor.state_dict()) == 25  # the last convolution that is used
 
 

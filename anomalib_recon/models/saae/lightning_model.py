@@ -210,7 +210,7 @@ class SAAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         if datamodule:
             check_training_files(datamodule)
             if anomalous := int((datamodule.train_data.samples.label_index == 1).sum()):
-                msg = f"SAAE trains on normal images alone, but {anomalous} of the training images are not; leave them out."
+                msg = f"SAAE trains on normal images alone, but {anomalous} training images are not; leave them out."
                 raise ValueError(msg)
         if self.model.autoencoder is None:
             if datamodule is None:

@@ -206,7 +206,8 @@ def test_anomalous_training_images_are_refused(stripes: Path, tmp_path: Path) ->
     class Mixed(Folder):
         def _setup(self, stage: str | None = None) -> None:
             super()._setup(stage)
-            self.train_data.samples.loc[:3, "label_index"] = 1
+            samples = self.train_data.samples
+            samples.loc[samples.index[:4], "label_index"] = 1
 
     root = stripes / "stripes"
     datamodule = Mixed("stripes", root=root, normal_dir="train/good", abnormal_dir="test/hole", num_workers=0)

@@ -109,6 +109,13 @@ def test_modules_and_stages_give_the_same_features() -> None:
     assert modules.num_channels == stages.num_channels == [64, 128]
 
 
+def test_features_of_a_module_are_taken_before_an_activation_in_place() -> None:
+    backbone = FrozenBackbone("resnet18", ["bn1", "act1"], pre_trained=False)
+    normalized, activated = backbone(torch.rand(1, 3, 64, 64))
+    assert float(normalized.min()) < 0
+    torch.testing.assert_close(activated, normalized.relu())
+
+
 def test_regional_features_average_the_enlarged_maps() -> None:
     extractor = create_feature_extractor("resnet18", ["layer1", "layer3"], (64, 96), 8, pre_trained=False)
     images = torch.rand(2, 3, 64, 96)

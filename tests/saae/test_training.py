@@ -210,7 +210,8 @@ def test_anomalous_training_images_are_refused(stripes: Path, tmp_path: Path) ->
             samples.loc[samples.index[:4], "label_index"] = 1
 
     root = stripes / "stripes"
-    datamodule = Mixed("stripes", root=root, normal_dir="train/good", abnormal_dir="test/hole", num_workers=0)
+    folders = {"normal_dir": "train/good", "normal_test_dir": "test/good", "abnormal_dir": "test/hole"}
+    datamodule = Mixed("stripes", root=root, **folders, num_workers=0)
     with pytest.raises(ValueError, match="SAAE trains on normal images alone, but 4 training images are not"):
         Engine(default_root_dir=tmp_path, accelerator="cpu").fit(SAAE(**SMALL), datamodule=datamodule)
 

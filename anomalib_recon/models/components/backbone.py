@@ -62,7 +62,10 @@ class FrozenBackbone(nn.Module):
             self.num_channels: list[int] = self.extractor.feature_info.channels()
         else:
             _check_modules(name, layers, stages)
-            model = create_backbone(name, pre_trained, weights).eval()
+            model = create_backbone(name, pre_trained, weights, num_classes=0).eval()
+            for module in model.modules():
+                if hasattr(module, "inplace"):
+                    module.inplace = False  # it would change the features of the module before it
             self.extractor = GraphExtractNet(model, layers, squeeze_out=False)
             maps = self.extractor(torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE))
             self.num_channels = [features.shape[1] for features in maps]

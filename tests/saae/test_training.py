@@ -229,6 +229,12 @@ def test_without_a_datamodule_the_latent_width_must_be_given(stripes: Path, tmp_
     assert bool(model.post_processor.image_threshold.isfinite())
 
 
+@pytest.mark.parametrize(("resized", "expected"), [((40, 48), (40, 48)), ((10, 10), (384, 384))])
+def test_image_size_follows_the_pre_processor(resized: tuple[int, int], expected: tuple[int, int]) -> None:
+    model = SAAE(**{**SMALL, "image_size": None}, pre_processor=SAAE.configure_pre_processor(resized))
+    assert model.model.image_size == model.hparams["image_size"] == expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -57,6 +57,8 @@ from .torch_model import DEFAULT_BACKBONE, DEFAULT_IMAGE_SIZE, SAAEModel
 
 logger = logging.getLogger(__name__)
 
+# a pre-processor with a smaller size does not set the image size of the model
+MIN_IMAGE_SIZE = 16
 # arguments that a checkpoint and the model it is loaded into must share
 NETWORK_ARGUMENTS = (
     "backbone",
@@ -156,7 +158,10 @@ class SAAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         visualizer: Visualizer | bool = True,
     ) -> None:
         # assigned before the arguments are saved as hyper-parameters, which are plain data
-        image_size = resolve_image_size(image_size, pre_processor, DEFAULT_IMAGE_SIZE)
+        given_size, image_size = image_size, resolve_image_size(image_size, pre_processor, DEFAULT_IMAGE_SIZE)
+        if given_size is None and min(image_size) < MIN_IMAGE_SIZE:
+            # anomalib's tiled ensemble builds a model for 10 x 10 pixels only to ask for its evaluator
+            image_size = DEFAULT_IMAGE_SIZE
         layers = None if layers is None else list(layers)
         backbone_weights = backbone_weights and str(backbone_weights)
         refuse_normalize(pre_processor)

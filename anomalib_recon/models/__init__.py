@@ -6,7 +6,8 @@ from anomalib_recon.discovery import publish
 
 from .adtr import ADTR
 from .intra import InTra
+from .saae import SAAE
 
-__all__ = ["ADTR", "InTra"]
+__all__ = ["ADTR", "SAAE", "InTra"]
 
 publish(__name__)

@@ -172,7 +172,7 @@ class ADTR(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         visualizer: Visualizer | bool = True,
     ) -> None:
         # assigned before the arguments are saved as hyper-parameters, which are plain data
-        image_size = resolve_image_size(image_size, pre_processor, DEFAULT_IMAGE_SIZE)
+        image_size = _find_image_size(image_size, pre_processor, pool_size)
         backbone_weights = backbone_weights and str(backbone_weights)
         normal_checkpoint = normal_checkpoint and str(normal_checkpoint)
         refuse_normalize(pre_processor)
@@ -366,6 +366,14 @@ class ADTR(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
     def learning_type(self) -> LearningType:
         """One-class: ADTR is trained on normal images, and ADTR+ needs no more of its anomalies than that they are."""
         return LearningType.ONE_CLASS
+
+
+def _find_image_size(
+    image_size: int | tuple[int, int] | None, pre_processor: PreProcessor | bool, pool_size: int
+) -> tuple[int, int]:
+    size = resolve_image_size(image_size, pre_processor, DEFAULT_IMAGE_SIZE)
+    # anomalib's tiled ensemble builds a model for 10 x 10 pixels only to ask it for its evaluator
+    return DEFAULT_IMAGE_SIZE if image_size is None and min(size) < pool_size else size
 
 
 def _choose_loss(labels: str | None, alpha: float, top_k: int, num_cells: int) -> NormalLoss | PixelLoss | ImageLoss:

@@ -18,11 +18,13 @@ import timm
 import torch
 from huggingface_hub import get_session, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
-from timm.models import load_state_dict
+from timm.models import GraphExtractNet, load_state_dict
 from torch import Tensor, nn
 
 # seconds in which the host of the weights has to answer
 HOST_TIMEOUT = 3.0
+# side of the image with which the channels of modules are counted
+PROBE_SIZE = 64
 
 
 class FrozenBackbone(nn.Module):
@@ -31,7 +33,7 @@ class FrozenBackbone(nn.Module):
     Args:
         name (str): Model of timm, with or without the tag of its weights.
         layers (Sequence[str] | None): Names of the stages whose feature maps are returned, as in timm's
-            ``feature_info``. ``None`` stands for all stages.
+            ``feature_info``, or of any modules of the network. ``None`` stands for all stages.
             Defaults to ``None``.
         pre_trained (bool): Use the weights that timm has for this model.
             Defaults to ``True``.
@@ -39,7 +41,7 @@ class FrozenBackbone(nn.Module):
             Defaults to ``None``.
 
     Raises:
-        ValueError: If there is no such model, no such stage, or the file holds the weights of another model.
+        ValueError: If there is no such model, no such stage or module, or the file holds the weights of another model.
         FileNotFoundError: If there is no such file.
         ConnectionError: If the weights are not in the local cache and their host does not answer.
     """
@@ -54,14 +56,20 @@ class FrozenBackbone(nn.Module):
         super().__init__()
         stages = list(stage_strides(name))
         layers = list(stages if layers is None else layers)
-        unknown = [layer for layer in layers if layer not in stages]
-        if unknown or not layers:
-            msg = f"layers must be among {', '.join(stages)} for backbone={name!r}, got {', '.join(unknown) or 'none'}."
-            raise ValueError(msg)
-        indices = sorted(stages.index(layer) for layer in layers)
-        self.extractor = create_backbone(name, pre_trained, weights, features_only=True, out_indices=indices)
+        if layers and set(layers) <= set(stages):
+            indices = sorted(stages.index(layer) for layer in layers)
+            self.extractor = create_backbone(name, pre_trained, weights, features_only=True, out_indices=indices)
+            self.num_channels: list[int] = self.extractor.feature_info.channels()
+        else:
+            _check_modules(name, layers, stages)
+            model = create_backbone(name, pre_trained, weights, num_classes=0).eval()
+            for module in model.modules():
+                if hasattr(module, "inplace"):
+                    module.inplace = False  # it would change the features of the module before it
+            self.extractor = GraphExtractNet(model, layers, squeeze_out=False)
+            maps = self.extractor(torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE))
+            self.num_channels = [features.shape[1] for features in maps]
         self.extractor.requires_grad_(requires_grad=False)
-        self.num_channels: list[int] = self.extractor.feature_info.channels()
         self.normalize = BackboneNormalize(name)
         self.eval()
 
@@ -72,7 +80,7 @@ class FrozenBackbone(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Compute the feature maps of the chosen stages, from the first to the last.
+        """Compute the feature maps of the chosen stages, from the first to the last, or of modules, in their order.
 
         Args:
             images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
@@ -120,6 +128,18 @@ def stage_strides(name: str) -> dict[str, int]:
     with torch.device("meta"):
         model: Any = timm.create_model(name, pretrained=False, features_only=True)
     return {stage["module"]: stage["reduction"] for stage in model.feature_info.info}
+
+
+def _check_modules(name: str, layers: Sequence[str], stages: Sequence[str]) -> None:
+    with torch.device("meta"):
+        modules = dict(timm.create_model(name, pretrained=False).named_modules())
+    unknown = [layer for layer in layers if layer not in modules]
+    if unknown or not layers:
+        msg = (
+            f"layers must be among {', '.join(stages)}, or be modules of backbone={name!r}, got "
+            f"{', '.join(unknown) or 'none'}."
+        )
+        raise ValueError(msg)
 
 
 def create_backbone(name: str, pre_trained: bool, weights: str | Path | None, **kwargs: Any) -> Any:

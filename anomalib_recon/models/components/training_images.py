@@ -2,10 +2,14 @@
 
 """The images of a training run, looked at before it starts."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from anomalib.data import AnomalibDataset
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from anomalib_recon.data.image_files import check_image_files
 
@@ -29,6 +33,29 @@ def normal_training_set(dataset: AnomalibDataset) -> AnomalibDataset:
     dataset = dataset.subsample(normal)
     dataset.augmentations = None
     return dataset
+
+
+def load_images(dataset: AnomalibDataset, indices: Sequence[int], loader: DataLoader) -> Iterator[Tensor]:
+    """Load images in order, in batches as those of a training dataloader.
+
+    Args:
+        dataset (AnomalibDataset): Images.
+        indices (Sequence[int]): Those to load.
+        loader (DataLoader): The training dataloader.
+
+    Yields:
+        Tensor: Images of shape ``(b, 3, h, w)``, not pre-processed.
+    """
+    if len(indices) == 0:
+        return
+    for batch in DataLoader(
+        dataset.subsample(indices),
+        batch_size=loader.batch_size,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        generator=torch.Generator(),  # leaves the global random numbers alone, for the sake of resumed runs
+    ):
+        yield batch.image
 
 
 def check_training_files(datamodule: Any) -> None:

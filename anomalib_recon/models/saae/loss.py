@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Loss of SAAE: the distance between features and their reconstruction (eq. 2)."""
+
+from torch import Tensor, nn
+
+from .anomaly_map import Distance, feature_distance
+
+
+class SAAELoss(nn.Module):
+    """Sum of the distances over the cells of an image (eq. 2), or their mean for ``"mse"``; mean over the images.
+
+    Args:
+        distance (Distance): ``"norm"``, as in the paper, or ``"mse"``.
+    """
+
+    def __init__(self, distance: Distance) -> None:
+        super().__init__()
+        self.distance = distance
+
+    def forward(self, features: Tensor, reconstruction: Tensor) -> Tensor:
+        """Compare features of shape ``(B, U, H_0, W_0)`` with their reconstruction; the result is a scalar."""
+        distances = feature_distance(features, reconstruction, self.distance).flatten(1)
+        return (distances.mean(dim=1) if self.distance == "mse" else distances.sum(dim=1)).mean()

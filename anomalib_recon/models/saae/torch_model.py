@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""SAAE: the self-attention autoencoder on the features of a vision transformer, as a plain PyTorch module.
+
+Example:
+    >>> import torch
+    >>> from anomalib_recon.models.saae.torch_model import SAAEModel
+    >>> model = SAAEModel("vit_tiny_patch16_224", pre_trained=False, image_size=(64, 64), latent_dim=20).eval()
+    >>> features = model.extract_features(torch.rand(1, 3, 64, 64))
+    >>> features.shape, model.reconstruct(features).shape
+    (torch.Size([1, 960, 4, 4]), torch.Size([1, 960, 4, 4]))
+
+Paper:
+    Self-Attention Autoencoder for Anomaly Segmentation, Yang Yang, Preprints 2021.
+
+See Also:
+    :class:`anomalib_recon.models.saae.lightning_model.SAAE`: training and evaluation with anomalib.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from anomalib.data import InferenceBatch
+from torch import Tensor, nn
+
+from .anomaly_map import AnomalyMapGenerator, Distance
+from .autoencoder import SelfAttentionAutoencoder
+from .features import create_feature_extractor
+
+DEFAULT_BACKBONE = "vit_base_patch16_384.augreg_in21k_ft_in1k"
+DEFAULT_IMAGE_SIZE = (384, 384)
+
+
+class SAAEModel(nn.Module):
+    """A frozen backbone, and the autoencoder that reconstructs its features.
+
+    The autoencoder is built once its latent width V is known: at once if ``latent_dim`` is given, or else by
+    :meth:`build_autoencoder`.
+
+    Args:
+        backbone (str): Vision transformer or CNN of timm, with or without the tag of its weights.
+            Defaults to ``"vit_base_patch16_384.augreg_in21k_ft_in1k"``.
+        layers (Sequence[str] | None): Layers whose outputs are concatenated. Of a vision transformer ``"patch_embed"``,
+            ``"blocks.0"``, ``"blocks.1"`` and so on; of a CNN timm's stages, or any modules. ``None`` stands for the
+            linear projection and the first four blocks, or for all stages of a CNN.
+            Defaults to ``None``.
+        pre_trained (bool): Use timm's weights of the backbone.
+            Defaults to ``True``.
+        backbone_weights (str | Path | None): File with weights of the backbone in timm's format, to use instead.
+            Defaults to ``None``.
+        image_size (tuple[int, int]): Height H and width W of the images, in pixels.
+            Defaults to ``(384, 384)``.
+        feature_stride (int | None): Side of the region that a cell of the feature map describes, in pixels. ``None``
+            stands for the patch size of a vision transformer, which allows no other, and for 8 with a CNN.
+            Defaults to ``None``.
+        latent_dim (int | None): Latent width V.
+            Defaults to ``None``.
+        patch_size (int): Side p of the autoencoder's patches, in cells of the feature map.
+            Defaults to ``1``.
+        num_heads (int): Heads of each attention.
+            Defaults to ``3``.
+        depth (int): Number of encoder layers, and of decoder layers.
+            Defaults to ``1``.
+        mlp_ratio (int): Inner width of the feed-forward networks over V.
+            Defaults to ``1``.
+        transformer (bool): Have a transformer between the convolutions; without it the autoencoder is that of the
+            ablation "w/o SAAE".
+            Defaults to ``True``.
+        distance (Distance): Compare feature vectors by the L2 norm of their difference, ``"norm"``, or by its mean
+            square, ``"mse"``.
+            Defaults to ``"norm"``.
+
+    Raises:
+        ValueError: If an argument is out of its range or does not fit another.
+    """
+
+    def __init__(
+        self,
+        backbone: str = DEFAULT_BACKBONE,
+        layers: Sequence[str] | None = None,
+        pre_trained: bool = True,
+        backbone_weights: str | Path | None = None,
+        image_size: tuple[int, int] = DEFAULT_IMAGE_SIZE,
+        feature_stride: int | None = None,
+        latent_dim: int | None = None,
+        patch_size: int = 1,
+        num_heads: int = 3,
+        depth: int = 1,
+        mlp_ratio: int = 1,
+        transformer: bool = True,
+        distance: Distance = "norm",
+    ) -> None:
+        super().__init__()
+        sizes = {"patch_size": patch_size, "num_heads": num_heads, "depth": depth, "mlp_ratio": mlp_ratio}
+        for name, value in {**sizes, "latent_dim": 1 if latent_dim is None else latent_dim}.items():
+            if value < 1:
+                msg = f"{name} must be at least 1, got {value}."
+                raise ValueError(msg)
+        if distance not in {"norm", "mse"}:
+            msg = f"distance must be 'norm' or 'mse', got {distance!r}."
+            raise ValueError(msg)
+        self.image_size = image_size
+        self.feature_extractor = create_feature_extractor(
+            backbone, layers, image_size, feature_stride, pre_trained, backbone_weights
+        )
+        rows, cols = self.feature_extractor.grid_size
+        if rows % patch_size or cols % patch_size:
+            msg = f"patch_size must divide the feature map of {rows} x {cols} cells, got {patch_size}."
+            raise ValueError(msg)
+        self.anomaly_map_generator = AnomalyMapGenerator(image_size, distance)
+        self.autoencoder: SelfAttentionAutoencoder | None = None
+        self._autoencoder_arguments: dict[str, Any] = {**sizes, "transformer": transformer}
+        if latent_dim is not None:
+            self.build_autoencoder(latent_dim)
+
+    def build_autoencoder(self, latent_dim: int) -> None:
+        """Build the autoencoder anew.
+
+        Args:
+            latent_dim (int): Latent width V.
+        """
+        self.autoencoder = SelfAttentionAutoencoder(
+            num_channels=self.feature_extractor.num_channels,
+            latent_dim=latent_dim,
+            grid_size=self.feature_extractor.grid_size,
+            **self._autoencoder_arguments,
+        )
+
+    def forward(self, images: Tensor) -> InferenceBatch:
+        """Score images by how their features differ from the reconstruction (section 3.3).
+
+        Args:
+            images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
+
+        Returns:
+            InferenceBatch: ``anomaly_map`` of shape ``(B, 1, H, W)`` and its maximum as ``pred_score`` of shape
+                ``(B,)``, both not negative and without an upper limit.
+        """
+        features = self.extract_features(images)
+        anomaly_map = self.anomaly_map_generator(features, self.reconstruct(features))
+        return InferenceBatch(pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map)
+
+    def extract_features(self, images: Tensor) -> Tensor:
+        """Compute the stacked feature maps f of the backbone (eq. 1).
+
+        Args:
+            images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
+
+        Returns:
+            Tensor: Features of shape ``(B, U, H_0, W_0)``, without gradient.
+
+        Raises:
+            ValueError: If the images are not of the size that the network was built for.
+        """
+        if images.shape[-2:] != self.image_size:
+            msg = (
+                f"images must have shape (B, 3, {self.image_size[0]}, {self.image_size[1]}), got "
+                f"{tuple(images.shape)}; resize them or build the model with their image_size."
+            )
+            raise ValueError(msg)
+        return self.feature_extractor(images)
+
+    def reconstruct(self, features: Tensor) -> Tensor:
+        """Reconstruct features (section 3.2).
+
+        Args:
+            features (Tensor): Features f of shape ``(B, U, H_0, W_0)``.
+
+        Returns:
+            Tensor: Reconstruction of the same shape.
+
+        Raises:
+            ValueError: If there is no autoencoder yet.
+        """
+        if self.autoencoder is None:
+            msg = "latent_dim is not known before training; pass it, train the model, or load a checkpoint."
+            raise ValueError(msg)
+        return self.autoencoder(features)

@@ -154,9 +154,11 @@ def create_backbone(name: str, pre_trained: bool, weights: str | Path | None, **
 
 
 def _check_name(name: str) -> None:
-    if not timm.is_model(name):
+    try:  # is_model would accept any tag
+        timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError as error:
         msg = f"backbone={name!r} is not a model of timm {timm.__version__}; timm.list_models() lists them."
-        raise ValueError(msg)
+        raise ValueError(msg) from error
 
 
 def _load_weights(model: nn.Module, name: str, file: str | Path) -> None:

@@ -11,6 +11,7 @@ from anomalib.deploy import ExportType, OpenVINOInferencer
 from anomalib.engine import Engine
 from lightning import seed_everything
 from PIL import Image
+from torchvision.transforms.v2 import RandomChoice, Resize
 
 from anomalib_recon.models import ADTR
 
@@ -22,7 +23,11 @@ OTHER_SIZES = [(128, 128), (200, 131), (48, 40)]
 
 @pytest.fixture(scope="module")
 def datamodule(stripes: Path) -> MVTecAD:
-    return MVTecAD(root=stripes, category="stripes", train_batch_size=4, eval_batch_size=4, num_workers=0)
+    """Some validation images are blurred, so that images of other sizes have no scores beyond the range."""
+    blur = RandomChoice([Resize((64, 64)), Resize((48, 40))])
+    return MVTecAD(
+        root=stripes, category="stripes", train_batch_size=4, eval_batch_size=1, num_workers=0, val_augmentations=blur
+    )
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +35,8 @@ def model(datamodule: MVTecAD, tmp_path_factory: pytest.TempPathFactory) -> ADTR
     """A trained model, as loaded from its checkpoint."""
     seed_everything(0)
     model = ADTR(
-        backbone="resnet18", layers=["layer1", "layer2", "layer3"], pre_trained=False, image_size=OWN_SIZE,
-        feature_size=(8, 12), embed_dim=32, depth=2, num_heads=2, mlp_dim=64, learning_rate=2e-3, pool_size=8,
+        backbone="resnet18", layers=["layer1", "layer2"], pre_trained=False, image_size=OWN_SIZE,
+        feature_size=(8, 12), embed_dim=32, depth=1, num_heads=2, mlp_dim=64, learning_rate=2e-3, pool_size=8,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("results")
     engine = Engine(default_root_dir=folder, max_epochs=10, accelerator="cpu", enable_progress_bar=False)
@@ -91,14 +96,10 @@ def test_openvino_scores_are_those_of_the_checkpoint(
     assert np.array_equal(result["pred_label"].ravel(), expected["pred_label"].ravel())
 
 
-def test_onnx_scores_are_those_of_the_checkpoint(model: ADTR, stripes: Path, tmp_path: Path) -> None:
-    path = export(model, tmp_path, ExportType.ONNX)
-    images = images_of(stripes, (96, 80))
-    assert_equal(run(path, images, 4), expected_from(model, images))
-
-
-def test_export_of_a_fixed_input_size(model: ADTR, stripes: Path, tmp_path: Path) -> None:
-    path = export(model, tmp_path, ExportType.OPENVINO, input_size=OWN_SIZE)
+def test_onnx_scores_at_a_fixed_input_size_are_those_of_the_checkpoint(
+    model: ADTR, stripes: Path, tmp_path: Path
+) -> None:
+    path = export(model, tmp_path, ExportType.ONNX, input_size=OWN_SIZE)
     images = images_of(stripes, OWN_SIZE)
     assert_equal(run(path, images, 4), expected_from(model, images))
 

@@ -28,6 +28,7 @@ from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
+from anomalib.utils.config import to_tuple
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -172,7 +173,9 @@ class ADTR(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         visualizer: Visualizer | bool = True,
     ) -> None:
         # assigned before the arguments are saved as hyper-parameters, which are plain data
+        layers = layers and list(layers)
         image_size = _find_image_size(image_size, pre_processor, pool_size)
+        feature_size = None if feature_size is None else to_tuple(feature_size)
         backbone_weights = backbone_weights and str(backbone_weights)
         normal_checkpoint = normal_checkpoint and str(normal_checkpoint)
         refuse_normalize(pre_processor)
@@ -185,6 +188,15 @@ class ADTR(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
             if self.hparams[name] <= 0:
                 msg = f"{name} must be positive, got {self.hparams[name]}."
                 raise ValueError(msg)
+        if not 0 <= confetti <= 1:
+            msg = f"confetti must be a probability in [0, 1], got {confetti}."
+            raise ValueError(msg)
+        if not labels and (confetti or normal_checkpoint):
+            msg = (
+                f"confetti={confetti} and normal_checkpoint={normal_checkpoint} are for ADTR+, but labels is None; "
+                "pass labels='pixel' or labels='image', or leave them out."
+            )
+            raise ValueError(msg)
 
         self.model: ADTRModel = ADTRModel(
             backbone=backbone,
@@ -221,21 +233,26 @@ class ADTR(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         return [*cast("Sequence[Callback]", super().configure_callbacks()), ValidationAtEnd(), RandomState()]
 
     def setup(self, stage: str) -> None:
-        """Look at the training data before a long training, and start ADTR+ from an ADTR.
+        """Look at the training data before a long training.
 
         Args:
             stage (str): ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
 
         Raises:
-            ValueError: If the training data or ``normal_checkpoint`` do not fit ``labels``.
+            ValueError: If the training data do not fit ``labels``.
         """
-        if stage != "fit":
-            return
         datamodule = getattr(self.trainer, "datamodule", None)
-        if datamodule:
+        if stage == "fit" and datamodule:
             check_training_files(datamodule)
             self._check_labels(datamodule.train_data)
-        # a run that goes on has its own weights
+
+    def on_fit_start(self) -> None:
+        """Start ADTR+ from an ADTR.
+
+        Raises:
+            ValueError: If ``normal_checkpoint`` is not the checkpoint of an ADTR with the same network.
+        """
+        # a run that goes on has its own weights; in setup, the trainer does not know yet that it does
         if self.labels and self.trainer.ckpt_path is None:
             self._load_normal_checkpoint()
 

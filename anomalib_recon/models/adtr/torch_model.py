@@ -239,7 +239,9 @@ class ADTRModel(nn.Module):
         Returns:
             Tensor: Features f of shape ``(B, C, h, w)``, without gradient.
         """
-        return torch.cat([self.resize(features.float()) for features in self.backbone(images)], dim=1)
+        maps = self.backbone(images)
+        with torch.autocast(images.device.type, enabled=False):
+            return torch.cat([self.resize(features.float()) for features in maps], dim=1)
 
     def reconstruct(self, features: Tensor) -> Tensor:
         """Rebuild features with the transformer ("Reconstruction").

@@ -20,6 +20,7 @@ from huggingface_hub import get_session, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 from timm.models import GraphExtractNet, load_state_dict
 from torch import Tensor, nn
+from torch.nn import functional
 
 # seconds in which the host of the weights has to answer
 HOST_TIMEOUT = 3.0
@@ -104,12 +105,13 @@ class BackboneNormalize(nn.Module):
     def __init__(self, name: str) -> None:
         super().__init__()
         config = cast("Any", timm.get_pretrained_cfg(name, allow_unregistered=True))
-        self.register_buffer("mean", torch.tensor(config.mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config.std).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(config.mean), persistent=False)
+        self.register_buffer("std", torch.tensor(config.std), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalise images of shape ``(B, 3, H, W)`` with values in [0, 1]."""
-        return (images - self.mean) / self.std
+        # OpenVINO joins plain arithmetic wrongly with the resize before it, where the size of the input is fixed
+        return functional.batch_norm(images, self.mean, self.std.square(), eps=0.0)
 
 
 def stage_strides(name: str) -> dict[str, int]:
@@ -174,9 +176,11 @@ def create_backbone(name: str, pre_trained: bool, weights: str | Path | None, **
 
 
 def _check_name(name: str) -> None:
-    if not timm.is_model(name):
+    try:  # is_model would accept any tag
+        timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError as error:
         msg = f"backbone={name!r} is not a model of timm {timm.__version__}; timm.list_models() lists them."
-        raise ValueError(msg)
+        raise ValueError(msg) from error
 
 
 def _load_weights(model: nn.Module, name: str, file: str | Path) -> None:

@@ -5,6 +5,7 @@
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
 
 
 class DeferredValidation(Callback):
@@ -23,7 +24,7 @@ class DeferredValidation(Callback):
             trainer.limit_val_batches = self._limit
 
     def validate(self, trainer: Trainer) -> None:
-        """Validate as the trainer would have done.
+        """Validate as the trainer would have done, and leave the random numbers to a training that goes on.
 
         Args:
             trainer (Trainer): The trainer that is fitting.
@@ -31,7 +32,8 @@ class DeferredValidation(Callback):
         trainer.limit_val_batches = self._limit
         if trainer.enable_validation:
             trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
+            with isolate_rng():
+                trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
 
 

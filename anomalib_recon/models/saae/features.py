@@ -146,7 +146,9 @@ class RegionalFeatures(nn.Module):
         Returns:
             Tensor: Features f of shape ``(B, U, H_0, W_0)``, without gradient.
         """
-        return torch.cat([self._average(maps.float()) for maps in self.backbone(images)], dim=1)
+        maps = self.backbone(images)
+        with torch.autocast(images.device.type, enabled=False):
+            return torch.cat([self._average(features.float()) for features in maps], dim=1)
 
     def _average(self, maps: Tensor) -> Tensor:
         """Enlarge and average maps, ``(B, C, h, w) -> (B, C, H_0, W_0)``."""

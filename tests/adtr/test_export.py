@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+
+from pathlib import Path
+
+import numpy as np
+import openvino
+import pytest
+import torch
+from anomalib.data import MVTecAD
+from anomalib.deploy import ExportType, OpenVINOInferencer
+from anomalib.engine import Engine
+from lightning import seed_everything
+from PIL import Image
+from torchvision.transforms.v2 import RandomChoice, Resize
+
+from anomalib_recon.models import ADTR
+
+# a CPU with bfloat16 arithmetic would otherwise use it
+FP32 = {"INFERENCE_PRECISION_HINT": "f32"}
+OWN_SIZE = (64, 96)
+OTHER_SIZES = [(128, 128), (200, 131), (48, 40)]
+
+
+@pytest.fixture(scope="module")
+def datamodule(stripes: Path) -> MVTecAD:
+    """Some validation images are blurred, so that images of other sizes have no scores beyond the range."""
+    blur = RandomChoice([Resize((64, 64)), Resize((48, 40))])
+    return MVTecAD(
+        root=stripes, category="stripes", train_batch_size=4, eval_batch_size=1, num_workers=0, val_augmentations=blur
+    )
+
+
+@pytest.fixture(scope="module")
+def model(datamodule: MVTecAD, tmp_path_factory: pytest.TempPathFactory) -> ADTR:
+    """A trained model, as loaded from its checkpoint."""
+    seed_everything(0)
+    model = ADTR(
+        backbone="resnet18", layers=["layer1", "layer2"], pre_trained=False, image_size=OWN_SIZE,
+        feature_size=(8, 12), embed_dim=32, depth=1, num_heads=2, mlp_dim=64, learning_rate=2e-3, pool_size=8,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("results")
+    engine = Engine(default_root_dir=folder, max_epochs=10, accelerator="cpu", enable_progress_bar=False)
+    engine.fit(model, datamodule=datamodule)
+    return ADTR.load_from_checkpoint(engine.trainer.checkpoint_callback.best_model_path).eval()
+
+
+def export(model: ADTR, folder: Path, export_type: ExportType, **kwargs) -> Path:
+    engine = Engine(default_root_dir=folder, accelerator="cpu")
+    path = engine.export(model, export_type, export_root=folder, **kwargs)
+    model.eval()
+    assert path is not None
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(model: ADTR, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(model, tmp_path_factory.mktemp("openvino"), ExportType.OPENVINO)
+
+
+def images_of(root: Path, size: tuple[int, int]) -> np.ndarray:
+    """All test images at a size, ``(10, 3, *size)`` with values in [0, 1]."""
+    paths = sorted((root / "stripes" / "test").rglob("*.png"))
+    images = [Image.open(path).convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR) for path in paths]
+    return np.stack(images).transpose(0, 3, 1, 2).astype(np.float32) / 255
+
+
+def expected_from(model: ADTR, images: np.ndarray) -> dict[str, np.ndarray]:
+    with torch.no_grad():
+        return {name: value.numpy() for name, value in model(torch.from_numpy(images))._asdict().items()}
+
+
+def run(path: Path, images: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
+    compiled = openvino.Core().compile_model(path, "CPU", FP32)
+    batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+    outputs = [compiled(batch) for batch in batches]
+    names = [output.any_name for output in compiled.outputs]
+    return {name: np.concatenate([output[name] for output in outputs]) for name in names}
+
+
+def assert_equal(result: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Scores and maps are equal, on their normalised scale of [0, 1], and neither all the same."""
+    for name, bound in (("pred_score", 1e-3), ("anomaly_map", 1e-2)):
+        assert np.ptp(expected[name]) > 0.1
+        assert np.abs(result[name].reshape(expected[name].shape) - expected[name]).max() < bound
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("size", [OWN_SIZE, *OTHER_SIZES])
+def test_openvino_scores_are_those_of_the_checkpoint(
+    model: ADTR, exported: Path, stripes: Path, size: tuple[int, int], batch_size: int
+) -> None:
+    images = images_of(stripes, size)
+    expected = expected_from(model, images)
+    result = run(exported, images, batch_size)
+    assert_equal(result, expected)
+    assert np.array_equal(result["pred_label"].ravel(), expected["pred_label"].ravel())
+
+
+def test_onnx_scores_at_a_fixed_input_size_are_those_of_the_checkpoint(
+    model: ADTR, stripes: Path, tmp_path: Path
+) -> None:
+    path = export(model, tmp_path, ExportType.ONNX, input_size=OWN_SIZE)
+    images = images_of(stripes, OWN_SIZE)
+    assert_equal(run(path, images, 4), expected_from(model, images))
+
+
+def test_openvino_inferencer_predicts_from_a_file(
+    model: ADTR, exported: Path, stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where the inferencer puts its cache
+    inferencer = OpenVINOInferencer(exported, device="CPU", config=FP32)
+    expected = expected_from(model, images_of(stripes, (64, 64)))["pred_score"].ravel()
+    paths = sorted((stripes / "stripes" / "test").rglob("*.png"))
+    scores = [inferencer.predict(Image.open(path).convert("RGB")).pred_score.item() for path in paths]
+    np.testing.assert_allclose(scores, expected, atol=1e-3)
+
+
+def test_engine_scores_are_those_of_the_exported_model(
+    model: ADTR, datamodule: MVTecAD, exported: Path, stripes: Path, tmp_path: Path
+) -> None:
+    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", enable_progress_bar=False)
+    batches = engine.predict(model, datamodule=datamodule)
+    scores = {path: score for batch in batches for path, score in zip(batch.image_path, batch.pred_score, strict=True)}
+    expected = [float(scores[str(path)]) for path in sorted((stripes / "stripes" / "test").rglob("*.png"))]
+    result = run(exported, images_of(stripes, (64, 64)), 4)["pred_score"].ravel()
+    np.testing.assert_allclose(result, expected, atol=1e-3)

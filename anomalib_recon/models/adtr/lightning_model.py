@@ -175,7 +175,7 @@ class ADTR(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         # assigned before the arguments are saved as hyper-parameters, which are plain data
         layers = layers and list(layers)
         image_size = _find_image_size(image_size, pre_processor, pool_size)
-        feature_size = None if feature_size is None else to_tuple(feature_size)
+        feature_size = None if feature_size is None else to_tuple(feature_size)  # type: ignore[arg-type]  # hints at int alone
         backbone_weights = backbone_weights and str(backbone_weights)
         normal_checkpoint = normal_checkpoint and str(normal_checkpoint)
         refuse_normalize(pre_processor)

@@ -6,7 +6,8 @@ from anomalib_recon.discovery import publish
 
 from .adtr import ADTR
 from .intra import InTra
+from .patch_ae import PatchAE
 
-__all__ = ["ADTR", "InTra"]
+__all__ = ["ADTR", "InTra", "PatchAE"]
 
 publish(__name__)

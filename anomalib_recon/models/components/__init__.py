@@ -7,7 +7,7 @@ from .checkpoints import BackboneInCheckpoint, RandomState, refuse_other_network
 from .deferred_validation import DeferredValidation, ValidationAtEnd
 from .export import CurrentOpsetExport
 from .image_size import refuse_normalize, resolve_image_size
-from .training_images import check_training_files, normal_training_set
+from .training_images import check_training_files, load_images, normal_training_set
 
 __all__ = [
     "BackboneInCheckpoint",
@@ -19,6 +19,7 @@ __all__ = [
     "ValidationAtEnd",
     "check_training_files",
     "create_backbone",
+    "load_images",
     "normal_training_set",
     "refuse_normalize",
     "refuse_other_networks",

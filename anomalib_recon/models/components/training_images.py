@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The images of a training run, looked at before it starts."""
+"""The images of a training run, looked at before it starts, and in order once it has ended."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from anomalib.data import AnomalibDataset
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from anomalib_recon.data.image_files import check_image_files
 
@@ -43,3 +47,26 @@ def check_training_files(datamodule: Any) -> None:
     normal_training_set(datamodule.train_data)
     for dataset in filter(None, (datamodule.train_data, getattr(datamodule, "val_data", None))):
         check_image_files(path for path in dataset.samples.image_path if Path(path).exists())
+
+
+def load_images(dataset: AnomalibDataset, indices: Sequence[int], loader: DataLoader) -> Iterator[Tensor]:
+    """Load images in order, in batches as those of a training dataloader.
+
+    Args:
+        dataset (AnomalibDataset): Images.
+        indices (Sequence[int]): Those to load.
+        loader (DataLoader): The training dataloader.
+
+    Yields:
+        Tensor: Images of shape ``(b, 3, h, w)``, not pre-processed.
+    """
+    if len(indices) == 0:
+        return
+    for batch in DataLoader(
+        dataset.subsample(indices),
+        batch_size=loader.batch_size,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        generator=torch.Generator(),  # leaves the global random numbers alone, for the sake of resumed runs
+    ):
+        yield batch.image

@@ -44,6 +44,7 @@ from anomalib_recon.models.components import (
     CurrentOpsetExport,
     DeferredValidation,
     check_training_files,
+    load_images,
     normal_training_set,
     refuse_other_networks,
     resolve_image_size,
@@ -53,7 +54,7 @@ from anomalib_recon.visualization import ReconstructionVisualizer
 
 from .loss import MIN_PATCH_SIZE, InTraLoss
 from .torch_model import InTraModel, check_sizes
-from .training_images import draw_held_out, load_images, rotate_and_flip
+from .training_images import draw_held_out, rotate_and_flip
 
 logger = logging.getLogger(__name__)
 

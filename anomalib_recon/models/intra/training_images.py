@@ -2,12 +2,10 @@
 
 """Images that InTra trains on: the normal ones, those held out of them, and their augmentation (section 4.1)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
-from anomalib.data import AnomalibDataset
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 
 def draw_held_out(paths: Sequence[str], fraction: float, max_count: int) -> list[str]:
@@ -32,29 +30,6 @@ def draw_held_out(paths: Sequence[str], fraction: float, max_count: int) -> list
         )
         raise ValueError(msg)
     return [paths[index] for index in torch.randperm(len(paths))[:count]]
-
-
-def load_images(dataset: AnomalibDataset, indices: Sequence[int], loader: DataLoader) -> Iterator[Tensor]:
-    """Load images in order, in batches as those of a training dataloader.
-
-    Args:
-        dataset (AnomalibDataset): Images.
-        indices (Sequence[int]): Those to load.
-        loader (DataLoader): The training dataloader.
-
-    Yields:
-        Tensor: Images of shape ``(b, 3, h, w)``, not pre-processed.
-    """
-    if len(indices) == 0:
-        return
-    for batch in DataLoader(
-        dataset.subsample(indices),
-        batch_size=loader.batch_size,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        generator=torch.Generator(),  # leaves the global random numbers alone, for the sake of resumed runs
-    ):
-        yield batch.image
 
 
 def rotate_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -118,8 +118,8 @@ def test_a_pasted_patch_is_another_place_of_the_image() -> None:
         images, kinds=["patch"], size_range=(0.02, 0.02), angle_range=(0, 0), aspect_range=(1, 1), **CENTRED
     )
     for image, mask in zip(defective, masks, strict=True):
-        (place,) = ndimage.find_objects(mask.numpy().astype(int))
-        patch = image[:, *place]
+        ((tall, wide),) = ndimage.find_objects(mask.numpy().astype(int))
+        patch = image[:, tall, wide]
         assert (patch[0].diff(dim=0) > 0).all()  # not rotated, not flipped
         assert (patch[1].diff(dim=1) > 0).all()
         # the first channel tells the row up to its gain, and so the ratio of two rows tells it exactly

@@ -121,6 +121,7 @@ class PatchAEModel(nn.Module):
         )
         self.bank = NormalBank(vectors_per_chunk)
         self.anomaly_map_generator = AnomalyMapGenerator(sigma)
+        self.train()
 
     def train(self, mode: bool = True) -> "PatchAEModel":
         """Train all but the backbone's batch normalisation, which keeps its statistics, and its dropout."""

@@ -187,7 +187,7 @@ def _inside_blob(draw: _Draw, along: Tensor, across: Tensor) -> Tensor:
         across: Its place across it, in breadths of that rectangle.
     """
     direction = torch.atan2(across, along)
-    outline, squares = torch.ones_like(along), 1.0
+    outline, squares = torch.ones_like(along), torch.ones_like(along[:, :1, :1])
     for periods in WAVES:
         amplitude, phase = draw.uniform((0, MAX_AMPLITUDE), 1, 1), draw.uniform((0, 2 * math.pi), 1, 1)
         outline = outline + amplitude * torch.cos(periods * direction + phase)

@@ -279,8 +279,8 @@ class PatchAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type
         vectors = torch.cat(parts)
         if self.trainer.world_size > 1:
             vectors = torch.cat(gather_all_tensors(vectors))
-        # drawn by one process, for all to have the same
-        coreset = select_coreset(vectors, self.coreset_ratio).cpu() if self.trainer.is_global_zero else None
+        # one process selects, for all to have the same
+        coreset = select_coreset(vectors, self.coreset_ratio).cpu() if self.trainer.is_global_zero else torch.empty(0)
         self.model.bank.fill(self.trainer.strategy.broadcast(coreset).to(self.device))
 
     def _normal_training_images(self) -> AnomalibDataset:

@@ -60,7 +60,7 @@ class NormalBank(DynamicBufferMixin):
             features (Tensor): Features of shape ``(B, D, h, w)``.
 
         Returns:
-            Tensor: Euclidean distances of shape ``(B, 1, h, w)``.
+            Tensor: Euclidean distances of shape ``(B, 1, h, w)``, without gradient.
 
         Raises:
             RuntimeError: If the bank is empty.
@@ -71,7 +71,7 @@ class NormalBank(DynamicBufferMixin):
                 "load the checkpoint of a finished training."
             )
             raise RuntimeError(msg)
-        queries = features.float().flatten(2).transpose(1, 2)  # (B, hw, D)
+        queries = features.detach().float().flatten(2).transpose(1, 2)  # (B, hw, D)
         if torch.compiler.is_exporting():  # the number of images is symbolic
             distances = self._search_in_graph(queries.flatten(0, 1)).unflatten(0, (-1, queries.shape[1]))
         else:

@@ -90,7 +90,10 @@ def test_openvino_scores_are_those_of_the_checkpoint(
     result = run(exported, images, batch_size)
     assert np.ptp(expected["pred_score"]) > 0.1
     assert largest_difference(result, expected) < bound
-    assert np.array_equal(result["pred_label"].ravel(), expected["pred_label"].ravel())
+    # anomalib's threshold is the score of an image, whose label the last digit decides
+    clear = np.abs(expected["pred_score"].ravel() - 0.5) > bound
+    assert clear.sum() >= 8
+    assert np.array_equal(result["pred_label"].ravel()[clear], expected["pred_label"].ravel()[clear])
 
 
 def test_onnx_scores_are_those_of_the_checkpoint(model: PatchAE, stripes: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from anomalib.cli.cli import AnomalibCLI
 
-from anomalib_recon.models import ADTR, InTra
+from anomalib_recon.models import ADTR, InTra, PatchAE
 from anomalib_recon.models.intra.torch_model import check_sizes
 from anomalib_recon.quickstart import config_path
 
@@ -35,6 +35,7 @@ def test_every_mvtec_category_has_the_image_size_of_the_paper() -> None:
     [
         (InTra, "model/intra.yaml", {"image_size": 256}),
         (ADTR, "model/adtr.yaml", {"image_size": 256, "feature_size": 16}),
+        (PatchAE, "model/patch_ae.yaml", {"image_size": 256}),
     ],
 )
 def test_the_paper_config_states_the_defaults(model: type, name: str, given: dict) -> None:
@@ -44,7 +45,10 @@ def test_the_paper_config_states_the_defaults(model: type, name: str, given: dic
         for name, parameter in inspect.signature(model).parameters.items()
         if name not in {"pre_processor", "post_processor", "evaluator", "visualizer"}
     }
-    assert arguments == {**defaults, **given}
+    assert arguments == {
+        name: list(value) if isinstance(value, tuple) else value  # YAML has no tuples
+        for name, value in {**defaults, **given}.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -58,6 +62,7 @@ def test_the_paper_config_states_the_defaults(model: type, name: str, given: dic
         ("model/adtr_cifar10.yaml", ["--data.normal_class", "dog", "--model.pre_trained", "false"]),
         ("model/adtr_plus.yaml", ["--model.normal_checkpoint", "model.ckpt", "--model.pre_trained", "false"]),
         ("model/adtr_plus_cifar10.yaml", ["--model.normal_checkpoint", "model.ckpt", "--model.pre_trained", "false"]),
+        ("model/patch_ae.yaml", ["--data", "DemoAD", "--model.backbone", "resnet18", "--model.pre_trained", "false"]),
     ],
 )
 def test_anomalib_reads_the_configs(name: str, arguments: list[str]) -> None:

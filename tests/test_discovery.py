@@ -73,7 +73,7 @@ from anomalib_recon.data import DemoAD
 from anomalib_recon.models import InTra
 
 answer = {
-    "listed": {"in_tra", "a_d_t_r", "s_a_a_e"} <= set(list_models()),
+    "listed": {"in_tra", "a_d_t_r", "s_a_a_e", "patch_a_e"} <= set(list_models()),
     "not InTra": [way for way, model in models.items() if type(model) is not InTra],
     "not DemoAD": [way for way, datamodule in datamodules.items() if type(datamodule) is not DemoAD],
 }

@@ -6,8 +6,9 @@ from anomalib_recon.discovery import publish
 
 from .adtr import ADTR
 from .intra import InTra
+from .patch_ae import PatchAE
 from .saae import SAAE
 
-__all__ = ["ADTR", "SAAE", "InTra"]
+__all__ = ["ADTR", "SAAE", "InTra", "PatchAE"]
 
 publish(__name__)

@@ -2,6 +2,7 @@
 
 """Validation at the end of training only, where each validation costs as much as an epoch."""
 
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -38,7 +39,17 @@ class DeferredValidation(Callback):
 
 
 class ValidationAtEnd(DeferredValidation):
-    """Validate once, when training ends, for the thresholds."""
+    """Validate once, when training ends, for the thresholds.
+
+    Args:
+        prepare (Callable[[], None] | None): The last of a model's training, called before that validation, whether
+            there are images for it or not.
+            Defaults to ``None``.
+    """
+
+    def __init__(self, prepare: Callable[[], None] | None = None) -> None:
+        super().__init__()
+        self._prepare = prepare
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put validation off."""
@@ -62,3 +73,13 @@ class ValidationAtEnd(DeferredValidation):
         for callback in trainer.checkpoint_callbacks:
             if path := getattr(callback, "best_model_path", ""):
                 trainer.save_checkpoint(path)
+
+    def validate(self, trainer: Trainer) -> None:
+        """Validate as the trainer would have done, after what the model has left to do.
+
+        Args:
+            trainer (Trainer): The trainer that is fitting.
+        """
+        if self._prepare:
+            self._prepare()
+        super().validate(trainer)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The images of a training run, looked at before it starts."""
+"""The images of a training run: the normal ones, whether they can be read, and in order."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,11 +61,11 @@ def check_training_files(datamodule: Any) -> None:
     """Read the images of training and validation once, so that a bad one does not end a long run in the middle.
 
     Args:
-        datamodule (Any): Datamodule of anomalib. One over arrays may name images for which there are no files.
+        datamodule (Any): Datamodule of anomalib.
 
     Raises:
         ValueError: If an image cannot be used, or there is no normal training image.
     """
     normal_training_set(datamodule.train_data)
     for dataset in filter(None, (datamodule.train_data, getattr(datamodule, "val_data", None))):
-        check_image_files(path for path in dataset.samples.image_path if Path(path).exists())
+        check_image_files(dataset.samples.image_path)

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The bank of normal features, and the search for the nearest of them.
+
+Example:
+    >>> import torch
+    >>> from anomalib_recon.models.patch_ae.normal_bank import NormalBank
+    >>> bank = NormalBank(vectors_per_chunk=1000)
+    >>> bank.fill(torch.rand(5000, 32))
+    >>> bank(torch.rand(2, 32, 8, 8)).shape
+    torch.Size([2, 1, 8, 8])
+"""
+
+import numpy as np
+import torch
+from anomalib.models.components import DynamicBufferMixin, KCenterGreedy
+from torch import Tensor
+
+# torch has no other loop that its ONNX exporter knows
+from torch._higher_order_ops import scan
+
+
+class NormalBank(DynamicBufferMixin):
+    """Features of normal images, each a vector of D numbers.
+
+    The nearest vector is found by matrix products, and its distance is computed from the difference, which keeps all
+    digits of small distances.
+
+    Args:
+        vectors_per_chunk (int): Vectors of the bank that are compared with those of an image at a time. Bounds memory
+            to as many distances for each cell of an image, changes no result. An exported model takes as many for each
+            image of the batch.
+
+    Raises:
+        ValueError: If it is not positive.
+    """
+
+    vectors: Tensor
+
+    def __init__(self, vectors_per_chunk: int) -> None:
+        super().__init__()
+        if vectors_per_chunk < 1:
+            msg = f"vectors_per_chunk must be at least 1, got {vectors_per_chunk}."
+            raise ValueError(msg)
+        self.vectors_per_chunk = vectors_per_chunk
+        self.register_buffer("vectors", torch.empty(0, 0))
+
+    def fill(self, vectors: Tensor) -> None:
+        """Replace the vectors.
+
+        Args:
+            vectors (Tensor): Vectors of shape ``(M, D)``; none empties the bank.
+        """
+        self.vectors = vectors.float()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Compute the distance of each vector to the nearest one of the bank.
+
+        Args:
+            features (Tensor): Features of shape ``(B, D, h, w)``.
+
+        Returns:
+            Tensor: Euclidean distances of shape ``(B, 1, h, w)``, without gradient.
+
+        Raises:
+            RuntimeError: If the bank is empty.
+        """
+        if len(self.vectors) == 0:
+            msg = (
+                "The model has no normal features to compare images with, as its training has not ended; train it, or "
+                "load the checkpoint of a finished training."
+            )
+            raise RuntimeError(msg)
+        queries = features.detach().float().flatten(2).transpose(1, 2)  # (B, hw, D)
+        if torch.compiler.is_exporting():  # the number of images is symbolic
+            distances = self._search_in_graph(queries.flatten(0, 1)).unflatten(0, (-1, queries.shape[1]))
+        else:
+            distances = torch.stack([self._search(image) for image in queries])
+        return distances.unflatten(1, features.shape[-2:]).unsqueeze(1)
+
+    def _search(self, queries: Tensor) -> Tensor:
+        """Distances of queries (N, D) to their nearest vectors, ``(N,)``."""
+        nearest = _none_found(queries)
+        for start in range(0, len(self.vectors), self.vectors_per_chunk):
+            chunk = self.vectors[start : start + self.vectors_per_chunk]
+            nearest = _compare(queries, *nearest, chunk, torch.tensor(start, device=queries.device))
+        return _distances(queries, self.vectors, nearest[1])
+
+    def _search_in_graph(self, queries: Tensor) -> Tensor:
+        """As :meth:`_search`, by a loop in the exported graph.
+
+        A loop that is unrolled bounds no memory: runtimes compute many chunks before they compare any.
+        """
+        size = min(self.vectors_per_chunk, len(self.vectors))
+        num_chunks = -(-len(self.vectors) // size)
+        padding = self.vectors[:1].expand(num_chunks * size - len(self.vectors), -1)
+        padded = torch.cat([self.vectors, padding])
+        starts = size * torch.arange(num_chunks, device=queries.device)
+
+        def step(carry: list[Tensor], chunk: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            # the queries are carried along because OpenVINO takes any other input of the loop for an initial value
+            queries, *nearest = carry
+            return [queries.clone(), *_compare(queries, *nearest, *chunk)], []
+
+        (_, _, index), _ = scan(
+            step, [queries, *_none_found(queries)], [padded.unflatten(0, (num_chunks, size)), starts]
+        )
+        return _distances(queries, padded, index)
+
+
+def select_coreset(vectors: Tensor, ratio: float) -> Tensor:
+    """Select vectors such that none of the others is far from all of them, greedily.
+
+    Args:
+        vectors (Tensor): Vectors of shape ``(M, D)``.
+        ratio (float): Share of the vectors to select, in (0, 1]; at 1 all are returned as they are.
+
+    Returns:
+        Tensor: Vectors of shape ``(int(ratio * M), D)``.
+    """
+    if ratio == 1:
+        return vectors
+    sampler = KCenterGreedy(vectors, ratio)
+    # its random projection follows NumPy's global seed, and only torch's is part of a checkpoint
+    sampler.model.random_state = np.random.RandomState(int(torch.randint(2**31, ())))  # type: ignore[assignment]
+    return sampler.sample_coreset()
+
+
+def _none_found(queries: Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`_compare` starts from."""
+    worst = torch.full_like(queries[:, 0], torch.inf)
+    return worst, torch.zeros_like(worst, dtype=torch.long)
+
+
+def _compare(queries: Tensor, nearest: Tensor, index: Tensor, chunk: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Update the nearest vectors with a chunk of the bank.
+
+    Args:
+        queries (Tensor): Vectors of shape ``(N, D)``.
+        nearest (Tensor): Half the squared distance to the nearest vector so far, less that of the query to the origin,
+            shape ``(N,)``.
+        index (Tensor): Its place in the bank, shape ``(N,)``.
+        chunk (Tensor): Vectors of the bank, shape ``(m, D)``.
+        start (Tensor): Place of the first of them in the bank, shape ``()``.
+
+    Returns:
+        tuple[Tensor, Tensor]: ``nearest`` and ``index``, updated.
+    """
+    found, place = (chunk.square().sum(dim=1) / 2 - queries @ chunk.T).min(dim=1)
+    nearer = found < nearest
+    return torch.where(nearer, found, nearest), torch.where(nearer, place + start, index)
+
+
+def _distances(queries: Tensor, vectors: Tensor, index: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(queries - vectors[index], dim=1)

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""PatchAE, the network: an encoder to one vector for each patch, a decoder of single vectors, and the normal bank.
+
+Example:
+    >>> import torch
+    >>> from anomalib_recon.models.patch_ae.torch_model import PatchAEModel
+    >>> model = PatchAEModel(backbone="resnet18", pre_trained=False, image_size=(64, 64)).eval()
+    >>> features = model.encode(torch.rand(1, 3, 64, 64))
+    >>> features.shape
+    torch.Size([1, 512, 8, 8])
+    >>> model.decode(features).shape
+    torch.Size([1, 3, 64, 64])
+
+Paper:
+    Patch-wise Auto-Encoder for Visual Anomaly Detection, https://arxiv.org/abs/2308.00429
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from anomalib.data import InferenceBatch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from anomalib_recon.models.components import BackboneNormalize, create_backbone, stage_strides
+from anomalib_recon.pre_processing import AntialiasResize
+
+from .anomaly_map import AnomalyMapGenerator
+from .normal_bank import NormalBank
+
+NUM_CHANNELS = 3
+NUM_STAGES = 4
+# side of the images that are used to find out which weights a stage depends on
+PROBE_SIZE = 64
+
+
+class PatchAEModel(nn.Module):
+    """Auto-encoder of patches whose features are compared with those of normal images.
+
+    The backbone stays in eval mode: the statistics of its batch normalisation are those of its weights.
+
+    Args:
+        backbone (str): CNN of timm, with or without the tag of its weights; its last four stages are used.
+            Defaults to ``"wide_resnet101_2"``.
+        pre_trained (bool): Start from timm's weights of the backbone.
+            Defaults to ``True``.
+        backbone_weights (str | Path | None): File with weights of the backbone, to start from instead.
+            Defaults to ``None``.
+        image_size (tuple[int, int]): Height H and width W of the images in pixels, multiples of ``patch_size``.
+            Defaults to ``(256, 256)``.
+        patch_size (int): Side of a patch in pixels; the grid has h = H / patch_size rows and w = W / patch_size
+            columns.
+            Defaults to ``8``.
+        embed_dim (int): Width D of the vectors.
+            Defaults to ``512``.
+        trained_stages (int): Number of stages that are trained, counted from the last one. With all four, what comes
+            before them is trained, too; with 0 the backbone stays as it is.
+            Defaults to ``4``.
+        patch_wise (bool): Decode each vector alone. Otherwise the decoder has 3 x 3 convolutions in place of the
+            1 x 1 (ablation).
+            Defaults to ``True``.
+        score_by (Literal["features", "stages", "reconstruction"]): Distance of the vectors to the normal ones, the same
+            for the concatenated stages they are made from, or error of the reconstruction, without a bank (ablations).
+            Defaults to ``"features"``.
+        sigma (float): Standard deviation of the Gaussian that smooths the map, in pixels; 0 stands for none.
+            Defaults to ``4.0``.
+        vectors_per_chunk (int): Vectors of the bank that are compared with those of an image at a time. Bounds memory,
+            changes no result.
+            Defaults to ``4096``.
+
+    Raises:
+        ValueError: If an argument is out of its range or does not fit another.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "wide_resnet101_2",
+        pre_trained: bool = True,
+        backbone_weights: str | Path | None = None,
+        image_size: tuple[int, int] = (256, 256),
+        patch_size: int = 8,
+        embed_dim: int = 512,
+        trained_stages: int = NUM_STAGES,
+        patch_wise: bool = True,
+        score_by: Literal["features", "stages", "reconstruction"] = "features",
+        sigma: float = 4.0,
+        vectors_per_chunk: int = 4096,
+    ) -> None:
+        super().__init__()
+        _check_arguments(image_size, patch_size, embed_dim, trained_stages, score_by)
+        num_stages = len(stage_strides(backbone))
+        if num_stages < NUM_STAGES:
+            msg = f"backbone={backbone!r} has {num_stages} stages; choose a CNN with {NUM_STAGES} or more."
+            raise ValueError(msg)
+        self.image_size = image_size
+        self.score_by = score_by
+        self.normalize = BackboneNormalize(backbone)
+        stages = range(num_stages - NUM_STAGES, num_stages)
+        self.backbone = create_backbone(
+            backbone, pre_trained, backbone_weights, features_only=True, out_indices=tuple(stages)
+        )
+        if trained_stages < NUM_STAGES:
+            _freeze(self.backbone, stage=NUM_STAGES - trained_stages - 1)
+        rows, columns = (side // patch_size for side in image_size)
+        self.num_patches = rows * columns
+        self.resize = AntialiasResize((rows, columns))
+        self.project = nn.Sequential(
+            nn.Conv2d(sum(self.backbone.feature_info.channels()), embed_dim, kernel_size=1),
+            nn.GELU(),
+            nn.Conv2d(embed_dim, embed_dim, kernel_size=1),
+        )
+        kernel_size, padding = (1, 0) if patch_wise else (3, 1)
+        self.decoder = nn.Sequential(
+            nn.GELU(),
+            nn.Conv2d(embed_dim, embed_dim, kernel_size, padding=padding),
+            nn.GELU(),
+            nn.Conv2d(embed_dim, NUM_CHANNELS * patch_size**2, kernel_size, padding=padding),
+            nn.PixelShuffle(patch_size),
+        )
+        self.bank = NormalBank(vectors_per_chunk)
+        self.anomaly_map_generator = AnomalyMapGenerator(sigma)
+        self.train()
+
+    def train(self, mode: bool = True) -> "PatchAEModel":
+        """Train all but the backbone's batch normalisation, which keeps its statistics, and its dropout."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def extract_stages(self, images: Tensor) -> Tensor:
+        """Resize the feature maps of the four stages to the grid and concatenate them.
+
+        Args:
+            images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
+
+        Returns:
+            Tensor: Features of shape ``(B, C, h, w)``.
+
+        Raises:
+            ValueError: If the images are not of the size that the network was built for.
+        """
+        if images.shape[1:] != (NUM_CHANNELS, *self.image_size):
+            msg = (
+                f"images must have shape (B, {NUM_CHANNELS}, {self.image_size[0]}, {self.image_size[1]}), got "
+                f"{tuple(images.shape)}; resize them or build the model with their image_size."
+            )
+            raise ValueError(msg)
+        stages = self.backbone(self.normalize(images))
+        with torch.autocast(images.device.type, enabled=False):
+            return torch.cat([self.resize(stage.float()) for stage in stages], dim=1)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Encode each patch of images in one vector.
+
+        Args:
+            images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
+
+        Returns:
+            Tensor: Features of shape ``(B, D, h, w)``.
+        """
+        return self.project(self.extract_stages(images))
+
+    def decode(self, features: Tensor) -> Tensor:
+        """Rebuild each patch from its vector.
+
+        Args:
+            features (Tensor): Features of shape ``(B, D, h, w)``.
+
+        Returns:
+            Tensor: Images of shape ``(B, 3, H, W)``, not limited to [0, 1].
+        """
+        return self.decoder(features)
+
+    def extract_scored(self, images: Tensor) -> Tensor:
+        """Compute the features that are compared with those of the bank.
+
+        Args:
+            images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
+
+        Returns:
+            Tensor: Features of shape ``(B, D, h, w)``, or ``(B, C, h, w)`` of the concatenated stages.
+        """
+        return self.encode(images) if self.score_by == "features" else self.extract_stages(images)
+
+    def reconstruct_and_score(self, images: Tensor) -> tuple[Tensor, InferenceBatch]:
+        """Rebuild and score images.
+
+        Args:
+            images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
+
+        Returns:
+            tuple[Tensor, InferenceBatch]: Reconstruction of shape ``(B, 3, H, W)``, and what :meth:`forward` returns.
+        """
+        stages = self.extract_stages(images)
+        features = self.project(stages)
+        reconstruction = self.decode(features).float()
+        with torch.autocast(images.device.type, enabled=False):
+            if self.score_by == "reconstruction":
+                scores = functional.mse_loss(reconstruction, images, reduction="none").mean(dim=1, keepdim=True)
+            else:
+                scores = self.bank(features if self.score_by == "features" else stages)
+            anomaly_map = self.anomaly_map_generator(scores, self.image_size)
+        return reconstruction, InferenceBatch(pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map)
+
+    def forward(self, images: Tensor) -> InferenceBatch:
+        """Score images.
+
+        Args:
+            images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
+
+        Returns:
+            InferenceBatch: ``pred_score`` of shape ``(B,)``, the maximum of ``anomaly_map`` of shape
+                ``(B, 1, H, W)``; both not negative and without an upper limit.
+
+        Raises:
+            RuntimeError: If there are no normal features to compare with.
+        """
+        return self.reconstruct_and_score(images)[1]
+
+
+def _freeze(backbone: Any, stage: int) -> None:
+    """Freeze the weights that a stage depends on: its own and those before it."""
+    weights = list(backbone.parameters())
+    features = backbone.eval()(torch.zeros(1, NUM_CHANNELS, PROBE_SIZE, PROBE_SIZE))[stage]
+    gradients = torch.autograd.grad(features.sum(), weights, allow_unused=True)
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.requires_grad_(gradient is None)
+
+
+def _check_arguments(
+    image_size: tuple[int, int], patch_size: int, embed_dim: int, trained_stages: int, score_by: str
+) -> None:
+    for name, value in (("patch_size", patch_size), ("embed_dim", embed_dim)):
+        if value < 1:
+            msg = f"{name} must be at least 1, got {value}."
+            raise ValueError(msg)
+    if any(side % patch_size for side in image_size):
+        msg = f"image_size must be a multiple of patch_size, got {image_size[0]} x {image_size[1]} and {patch_size}."
+        raise ValueError(msg)
+    if not 0 <= trained_stages <= NUM_STAGES:
+        msg = f"trained_stages must be from 0 to {NUM_STAGES}, got {trained_stages}."
+        raise ValueError(msg)
+    if score_by not in {"features", "stages", "reconstruction"}:
+        msg = f"score_by must be 'features', 'stages' or 'reconstruction', got {score_by!r}."
+        raise ValueError(msg)

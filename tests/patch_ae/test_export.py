@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+
+from pathlib import Path
+
+import numpy as np
+import openvino
+import pytest
+import torch
+from anomalib.data import MVTecAD
+from anomalib.deploy import ExportType, OpenVINOInferencer
+from anomalib.engine import Engine
+from lightning import seed_everything
+from PIL import Image
+
+from anomalib_recon.models import PatchAE
+
+# a CPU with bfloat16 arithmetic would otherwise use it
+FP32 = {"INFERENCE_PRECISION_HINT": "f32"}
+OWN_SIZE = (64, 64)
+OTHER_SIZES = [(128, 128), (200, 131), (48, 40)]
+
+
+@pytest.fixture(scope="module")
+def datamodule(stripes: Path) -> MVTecAD:
+    return MVTecAD(root=stripes, category="stripes", train_batch_size=12, eval_batch_size=4, num_workers=0)
+
+
+@pytest.fixture(scope="module")
+def model(datamodule: MVTecAD, tmp_path_factory: pytest.TempPathFactory) -> PatchAE:
+    """A trained model, as loaded from its checkpoint."""
+    seed_everything(0)
+    model = PatchAE(
+        backbone="resnet18", pre_trained=False, image_size=OWN_SIZE, embed_dim=16, learning_rate=1e-3,
+        coreset_ratio=0.3, vectors_per_chunk=100,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("results")
+    engine = Engine(default_root_dir=folder, max_epochs=2, accelerator="cpu", enable_progress_bar=False)
+    engine.fit(model, datamodule=datamodule)
+    return PatchAE.load_from_checkpoint(engine.trainer.checkpoint_callback.best_model_path).eval()
+
+
+def export(model: PatchAE, folder: Path, export_type: ExportType, **kwargs) -> Path:
+    engine = Engine(default_root_dir=folder, accelerator="cpu")
+    path = engine.export(model, export_type, export_root=folder, **kwargs)
+    model.eval()
+    assert path is not None
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(model: PatchAE, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(model, tmp_path_factory.mktemp("openvino"), ExportType.OPENVINO)
+
+
+def images_of(root: Path, size: tuple[int, int]) -> np.ndarray:
+    """All test images at a size, ``(10, 3, *size)`` with values in [0, 1]."""
+    paths = sorted((root / "stripes" / "test").rglob("*.png"))
+    images = [Image.open(path).convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR) for path in paths]
+    return np.stack(images).transpose(0, 3, 1, 2).astype(np.float32) / 255
+
+
+def expected_from(model: PatchAE, images: np.ndarray) -> dict[str, np.ndarray]:
+    with torch.no_grad():
+        return {name: value.numpy() for name, value in model(torch.from_numpy(images))._asdict().items()}
+
+
+def run(path: Path, images: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
+    compiled = openvino.Core().compile_model(path, "CPU", FP32)
+    batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+    outputs = [compiled(batch) for batch in batches]
+    names = [output.any_name for output in compiled.outputs]
+    return {name: np.concatenate([output[name] for output in outputs]) for name in names}
+
+
+def largest_difference(result: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    """Largest difference of score and map over all images, on the normalised scale of [0, 1]."""
+    return max(
+        float(np.abs(result[name].reshape(expected[name].shape) - expected[name]).max())
+        for name in ("pred_score", "anomaly_map")
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize(("size", "bound"), [(OWN_SIZE, 1e-3), *((size, 1e-2) for size in OTHER_SIZES)])
+def test_openvino_scores_are_those_of_the_checkpoint(
+    model: PatchAE, exported: Path, stripes: Path, size: tuple[int, int], bound: float, batch_size: int
+) -> None:
+    images = images_of(stripes, size)
+    expected = expected_from(model, images)
+    result = run(exported, images, batch_size)
+    assert np.ptp(expected["pred_score"]) > 0.1
+    assert largest_difference(result, expected) < bound
+    # anomalib's threshold is the score of an image, whose label the last digit decides
+    clear = np.abs(expected["pred_score"].ravel() - 0.5) > bound
+    assert clear.sum() >= 8
+    assert np.array_equal(result["pred_label"].ravel()[clear], expected["pred_label"].ravel()[clear])
+
+
+def test_onnx_scores_are_those_of_the_checkpoint(model: PatchAE, stripes: Path, tmp_path: Path) -> None:
+    path = export(model, tmp_path, ExportType.ONNX)
+    images = images_of(stripes, (96, 80))
+    assert largest_difference(run(path, images, 4), expected_from(model, images)) < 1e-2
+
+
+def test_export_of_a_fixed_input_size(model: PatchAE, stripes: Path, tmp_path: Path) -> None:
+    path = export(model, tmp_path, ExportType.OPENVINO, input_size=OWN_SIZE)
+    images = images_of(stripes, OWN_SIZE)
+    assert largest_difference(run(path, images, 4), expected_from(model, images)) < 1e-3
+
+
+def test_the_search_is_a_loop_over_one_copy_of_the_bank(model: PatchAE, exported: Path) -> None:
+    assert len(model.model.bank.vectors) == 230  # 3 chunks of 100, the last one filled up
+    graph = openvino.Core().read_model(exported)
+    kinds = [node.get_type_name() for node in graph.get_ops()]
+    assert kinds.count("TensorIterator") + kinds.count("Loop") == 1
+    padded = 300 * 16 * 4
+    sizes = [node.get_data().nbytes for node in graph.get_ops() if node.get_type_name() == "Constant"]
+    weights = sum(value.numel() for name, value in model.model.named_parameters() if "decoder" not in name) * 4
+    assert exported.with_suffix(".bin").stat().st_size < weights + padded + 200_000
+    assert max(size for size in sizes) < weights
+
+
+def test_openvino_inferencer_predicts_from_a_file(
+    model: PatchAE, exported: Path, stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where the inferencer puts its cache
+    inferencer = OpenVINOInferencer(exported, device="CPU", config=FP32)
+    expected = expected_from(model, images_of(stripes, OWN_SIZE))["pred_score"].ravel()
+    paths = sorted((stripes / "stripes" / "test").rglob("*.png"))
+    scores = [inferencer.predict(Image.open(path).convert("RGB")).pred_score.item() for path in paths]
+    np.testing.assert_allclose(scores, expected, atol=1e-3)
+
+
+def test_engine_scores_are_those_of_the_exported_model(
+    model: PatchAE, datamodule: MVTecAD, exported: Path, stripes: Path, tmp_path: Path
+) -> None:
+    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", enable_progress_bar=False)
+    batches = engine.predict(model, datamodule=datamodule)
+    scores = {path: score for batch in batches for path, score in zip(batch.image_path, batch.pred_score, strict=True)}
+    expected = [float(scores[str(path)]) for path in sorted((stripes / "stripes" / "test").rglob("*.png"))]
+    result = run(exported, images_of(stripes, OWN_SIZE), 4)["pred_score"].ravel()
+    np.testing.assert_allclose(result, expected, atol=1e-3)
+    assert batches[0].reconstruction.shape[1:] == (3, 64, 64)

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+
+import pytest
+import torch
+from torch.nn import functional
+
+from anomalib_recon.models import PatchAE
+from anomalib_recon.models.patch_ae.torch_model import PatchAEModel
+
+SMALL = {"backbone": "resnet18", "pre_trained": False, "image_size": (64, 48), "embed_dim": 16}
+
+
+def build(**arguments) -> PatchAEModel:
+    torch.manual_seed(0)
+    return PatchAEModel(**{**SMALL, **arguments}).eval()
+
+
+def changed_patches(model: PatchAEModel, row: int, column: int) -> torch.Tensor:
+    """Patches of 8 x 8 pixels that change with one feature vector, (h, w)."""
+    features = torch.rand(1, 16, 8, 6)
+    perturbed = features.clone()
+    perturbed[:, :, row, column] += 0.5
+    with torch.no_grad():
+        difference = (model.decode(perturbed) != model.decode(features)).float()
+    return functional.max_pool2d(difference.amax(dim=1), 8)[0] > 0
+
+
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (3, 2), (7, 5)])
+def test_a_vector_changes_exactly_its_own_patch(row: int, column: int) -> None:
+    expected = torch.zeros(8, 6, dtype=torch.bool)
+    expected[row, column] = True
+    assert torch.equal(changed_patches(build(), row, column), expected)
+
+
+def test_without_patch_wise_a_vector_changes_its_neighbourhood() -> None:
+    expected = torch.zeros(8, 6, dtype=torch.bool)
+    expected[1:6, 0:5] = True  # two convolutions of 3 x 3
+    assert torch.equal(changed_patches(build(patch_wise=False), 3, 2), expected)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenetv3_small_050", "convnext_atto", "test_efficientnet"])
+def test_shapes_with_any_cnn(backbone: str) -> None:
+    model = build(backbone=backbone)
+    images = torch.rand(2, 3, 64, 48)
+    with torch.no_grad():
+        features = model.encode(images)
+        assert features.shape == (2, 16, 8, 6)
+        assert model.decode(features).shape == images.shape
+        model.bank.fill(torch.rand(20, 16))
+        predictions = model(images)
+    assert predictions.pred_score.shape == (2,)
+    assert predictions.anomaly_map.shape == (2, 1, 64, 48)
+    torch.testing.assert_close(predictions.pred_score, predictions.anomaly_map.flatten(1).amax(dim=1))
+
+
+def test_four_last_stages_are_concatenated_on_the_grid() -> None:
+    model = build()
+    images = torch.rand(2, 3, 64, 48)
+    normalized = (images - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[
+        :, None, None
+    ]
+    with torch.no_grad():
+        stages = model.backbone(normalized)
+        expected = [functional.interpolate(stage, (8, 6), mode="bilinear", antialias=True) for stage in stages]
+        torch.testing.assert_close(model.extract_stages(images), torch.cat(expected, dim=1), rtol=1e-4, atol=1e-5)
+    assert [stage.shape[1] for stage in stages] == [64, 128, 256, 512]
+
+
+@pytest.mark.parametrize("trained_stages", range(5))
+def test_trained_stages_get_gradients_and_the_others_none(trained_stages: int) -> None:
+    model = build(trained_stages=trained_stages)
+    frozen = {name.split(".")[0] for name, weight in model.backbone.named_parameters() if not weight.requires_grad}
+    parts = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"]
+    assert frozen == set(parts[: {4: 0, 3: 3, 2: 4, 1: 5, 0: 6}[trained_stages]])
+    model.train()
+    model.decode(model.encode(torch.rand(1, 3, 64, 48))).sum().backward()
+    assert all((weight.grad is not None) == weight.requires_grad for weight in model.parameters())
+
+
+def test_scores_by_features_stages_and_reconstruction() -> None:
+    images = torch.rand(3, 3, 64, 48)
+    for score_by, width in (("features", 16), ("stages", 960)):
+        model = build(score_by=score_by, sigma=0)
+        vectors = torch.rand(50, width)
+        model.bank.fill(vectors)
+        with torch.no_grad():
+            features = model.encode(images) if score_by == "features" else model.extract_stages(images)
+            distances = torch.cdist(features.flatten(2).transpose(1, 2), vectors).amin(dim=2).reshape(3, 1, 8, 6)
+            expected = functional.interpolate(distances, (64, 48), mode="bilinear")
+            torch.testing.assert_close(model(images).anomaly_map, expected, rtol=1e-3, atol=1e-4)
+    model = build(score_by="reconstruction", sigma=0)
+    with torch.no_grad():
+        reconstruction, predictions = model.reconstruct_and_score(images)
+        torch.testing.assert_close(reconstruction, model.decode(model.encode(images)))
+    torch.testing.assert_close(predictions.anomaly_map[:, 0], (reconstruction - images).square().mean(dim=1))
+
+
+def test_sigma_smooths_the_map() -> None:
+    images = torch.rand(1, 3, 64, 48)
+    maps = []
+    for sigma in (0, 4):
+        model = build(sigma=sigma)
+        model.bank.fill(torch.zeros(1, 16))
+        with torch.no_grad():
+            maps.append(model(images).anomaly_map)
+    rough, smooth = (anomaly_map.diff(dim=-1).abs().mean() for anomaly_map in maps)
+    assert smooth < 0.7 * rough
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"image_size": (64, 60)}, "image_size must be a multiple of patch_size, got 64 x 60 and 8"),
+        ({"patch_size": 0}, "patch_size must be at least 1, got 0"),
+        ({"embed_dim": 0}, "embed_dim must be at least 1, got 0"),
+        ({"trained_stages": 5}, "trained_stages must be from 0 to 4, got 5"),
+        ({"score_by": "error"}, "score_by must be 'features', 'stages' or 'reconstruction', got 'error'"),
+        ({"sigma": -1.0}, "sigma must not be negative, got -1.0"),
+        ({"vectors_per_chunk": 0}, "vectors_per_chunk must be at least 1, got 0"),
+        ({"backbone": "resnet"}, "backbone='resnet' is not a model of timm"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        build(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"alpha": 2.0}, r"alpha must be in \[0, 1\], got 2.0"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
+        ({"coreset_ratio": 0.0}, "coreset_ratio must be above 0 and at most 1, got 0.0"),
+        ({"defect_probability": -1.0}, r"defect_probability must be in \[0, 1\], got -1.0"),
+        (
+            {"pre_processor": PatchAE.configure_pre_processor((32, 32))},
+            "image_size must be the size that pre_processor",
+        ),
+    ],
+)
+def test_wrong_arguments_of_the_module_are_named(arguments: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        PatchAE(**{**SMALL, **arguments})
+
+
+def test_image_size_follows_the_pre_processor_if_patches_fit_in_it() -> None:
+    arguments = {**SMALL, "image_size": None}
+    for size, expected in (((40, 48), (40, 48)), ((10, 10), (256, 256))):
+        model = PatchAE(**arguments, pre_processor=PatchAE.configure_pre_processor(size))
+        assert model.model.image_size == model.hparams["image_size"] == expected
+
+
+def test_images_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"images must have shape \(B, 3, 64, 48\), got \(1, 3, 64, 64\); resize"):
+        build().encode(torch.rand(1, 3, 64, 64))

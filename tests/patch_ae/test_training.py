@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data import MVTecAD
+from anomalib.engine import Engine
+from lightning import seed_everything
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+from PIL import Image
+from torch import nn
+
+from anomalib_recon.data import DemoAD
+from anomalib_recon.models import PatchAE
+from anomalib_recon.post_processing import FalsePositiveRatePostProcessor
+
+SMALL = {
+    "backbone": "resnet18", "pre_trained": False, "image_size": 64, "embed_dim": 16, "learning_rate": 1e-3,
+    "coreset_ratio": 0.25, "sigma": 2.0,
+}  # fmt: skip
+
+
+def data(root: Path, **kwargs) -> MVTecAD:
+    sizes = {"train_batch_size": 5, "eval_batch_size": 4, "num_workers": 0}
+    return MVTecAD(root=root, category="stripes", **{**sizes, **kwargs})
+
+
+def train(
+    root: Path, folder: Path, seed: int = 0, ckpt_path: str | None = None, model: PatchAE | None = None, **trainer
+) -> tuple[PatchAE, Engine]:
+    seed_everything(seed)
+    model = model or PatchAE(**SMALL)
+    trainer = {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False, **trainer}
+    engine = Engine(default_root_dir=folder, **trainer)
+    engine.fit(model, datamodule=data(root), ckpt_path=ckpt_path)
+    return model, engine
+
+
+class Probe(Callback):
+    """Notes what happens in training."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.validations = 0
+
+    def on_train_epoch_end(self, trainer, pl_module) -> None:
+        self.losses.append(float(trainer.callback_metrics["train_loss"]))
+
+    def on_validation_epoch_end(self, trainer, pl_module) -> None:
+        self.validations += 1
+
+
+@pytest.fixture(scope="module")
+def trained(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[PatchAE, Engine, Probe]:
+    probe = Probe()
+    model, engine = train(stripes, tmp_path_factory.mktemp("results"), callbacks=[probe], max_epochs=6)
+    return model, engine, probe
+
+
+def images_in(folder: Path) -> torch.Tensor:
+    images = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*.png"))]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+
+
+def features_of(model: PatchAE, root: Path) -> torch.Tensor:
+    """Features of the normal training images, (12 * 8 * 8, D)."""
+    with torch.no_grad():
+        features = model.eval().model.encode(images_in(root / "stripes" / "train" / "good"))
+    return features.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def test_training_lowers_the_loss_and_validates_once(trained: tuple[PatchAE, Engine, Probe]) -> None:
+    model, _, probe = trained
+    assert probe.losses[-1] < 0.8 * probe.losses[0]
+    assert probe.validations == 1
+    assert bool(model.post_processor.image_threshold.isfinite())
+    assert bool(model.post_processor.pixel_threshold.isfinite())
+
+
+def test_bank_holds_features_of_the_normal_training_images(
+    trained: tuple[PatchAE, Engine, Probe], stripes: Path
+) -> None:
+    model = trained[0]
+    bank, features = model.model.bank.vectors, features_of(model, stripes)
+    assert bank.shape == (len(features) // 4, 16)
+    assert float(torch.cdist(bank, features, compute_mode="donot_use_mm_for_euclid_dist").amin(dim=1).max()) < 1e-4
+
+
+def test_statistics_of_batch_normalisation_stay_those_of_the_weights(trained: tuple[PatchAE, Engine, Probe]) -> None:
+    norms = [part for part in trained[0].model.backbone.modules() if isinstance(part, nn.BatchNorm2d)]
+    assert norms
+    assert all(bool((norm.running_mean == 0).all()) and bool((norm.running_var == 1).all()) for norm in norms)
+    assert any(bool((norm.weight != norm.weight[0]).any()) for norm in norms)
+
+
+def test_bank_of_ratio_one_holds_them_all(stripes: Path, tmp_path: Path) -> None:
+    model, _ = train(stripes, tmp_path, model=PatchAE(**{**SMALL, "coreset_ratio": 1.0}), max_epochs=1)
+    torch.testing.assert_close(model.model.bank.vectors, features_of(model, stripes), rtol=1e-4, atol=1e-5)
+    images = images_in(stripes / "stripes" / "train" / "good")
+    with torch.no_grad():
+        assert float(model.model(images).pred_score.max()) < 1e-4
+
+
+def test_checkpoint_round_trip(trained: tuple[PatchAE, Engine, Probe], stripes: Path) -> None:
+    model, engine, _ = trained
+    path = engine.trainer.checkpoint_callback.best_model_path
+    assert "model.bank.vectors" in torch.load(path, weights_only=True)["state_dict"]
+    loaded = PatchAE.load_from_checkpoint(path)
+    images = images_in(stripes / "stripes" / "test" / "hole")
+    with torch.no_grad():
+        expected, result = model.eval()(images), loaded.eval()(images)
+    for name in ("pred_score", "anomaly_map", "pred_label", "pred_mask"):
+        torch.testing.assert_close(getattr(result, name), getattr(expected, name))
+
+
+def test_pictures_have_a_reconstruction(trained: tuple[PatchAE, Engine, Probe], stripes: Path, tmp_path: Path) -> None:
+    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", enable_progress_bar=False)
+    batches = engine.predict(trained[0], datamodule=data(stripes))
+    for batch in batches:
+        assert batch.reconstruction.shape == (len(batch.image), 3, 64, 64)
+        assert batch.reconstruction.min() >= 0
+        assert batch.reconstruction.max() <= 1
+    assert len(list(tmp_path.rglob("*.png"))) == 10
+
+
+def test_killed_run_resumes_to_the_same_result(stripes: Path, tmp_path: Path) -> None:
+    class Kill(Callback):
+        def on_train_batch_start(self, trainer, *args) -> None:
+            if trainer.current_epoch == 1 and args[-1] == 1:
+                raise KeyError
+
+    whole, _ = train(stripes, tmp_path / "whole")
+    with pytest.raises(KeyError):
+        train(stripes, tmp_path / "killed", callbacks=[Kill()])
+    checkpoint = next((tmp_path / "killed").rglob("model.ckpt"))
+    assert torch.load(checkpoint, weights_only=True)["state_dict"]["model.bank.vectors"].numel() == 0
+    resumed, _ = train(stripes, tmp_path / "killed", seed=123, ckpt_path=str(checkpoint))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_finished_run_goes_on_with_more_epochs_and_a_new_bank(stripes: Path, tmp_path: Path) -> None:
+    first, engine = train(stripes, tmp_path / "first", max_epochs=1)
+    checkpoint = engine.trainer.checkpoint_callback.best_model_path
+    second, _ = train(stripes, tmp_path / "second", ckpt_path=checkpoint, max_epochs=2)
+    assert second.model.bank.vectors.shape == first.model.bank.vectors.shape
+    assert not torch.equal(second.model.bank.vectors, first.model.bank.vectors)
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        {"max_steps": 2, "max_epochs": -1},
+        {"limit_val_batches": 0, "max_epochs": 1},
+        {"callbacks": [EarlyStopping(monitor="train_loss", patience=1, min_delta=1e9)], "max_epochs": 20},
+    ],
+    ids=["max_steps", "no validation", "early stopping"],
+)
+def test_bank_is_filled_and_saved_however_training_ends(stripes: Path, tmp_path: Path, trainer: dict) -> None:
+    model, engine = train(stripes, tmp_path, **trainer)
+    assert engine.trainer.current_epoch < 3
+    loaded = PatchAE.load_from_checkpoint(engine.trainer.checkpoint_callback.best_model_path)
+    assert len(loaded.model.bank.vectors) == 192
+    assert torch.equal(loaded.model.bank.vectors, model.model.bank.vectors)
+
+
+def test_thresholds_at_a_false_positive_rate(stripes: Path, tmp_path: Path) -> None:
+    # all vectors are in the bank, so that each training image has a score of about 0
+    model = PatchAE(**{**SMALL, "coreset_ratio": 1.0}, post_processor=FalsePositiveRatePostProcessor())
+    train(stripes, tmp_path, model=model, max_epochs=1)
+    assert float(model.post_processor.image_threshold) < 1e-3
+
+
+def test_a_model_without_bank_says_so(stripes: Path, tmp_path: Path) -> None:
+    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", enable_progress_bar=False)
+    with pytest.raises(RuntimeError, match="no normal features to compare images with"):
+        engine.predict(PatchAE(**SMALL), datamodule=data(stripes))
+
+
+def test_scores_by_reconstruction_need_no_bank(stripes: Path, tmp_path: Path) -> None:
+    model = PatchAE(**SMALL, patch_wise=False, defect_probability=0.0, score_by="reconstruction")
+    train(stripes, tmp_path, model=model, max_epochs=1)
+    assert len(model.model.bank.vectors) == 0
+    assert bool(model.post_processor.image_threshold.isfinite())
+
+
+def test_a_bank_that_would_be_empty_is_refused_before_training(stripes: Path, tmp_path: Path) -> None:
+    model = PatchAE(**{**SMALL, "coreset_ratio": 0.001})
+    with pytest.raises(ValueError, match=r"coreset_ratio=0.001 leaves none of the 768 normal features; raise it"):
+        train(stripes, tmp_path, model=model)
+
+
+def test_a_checkpoint_of_another_network_is_refused(trained: tuple[PatchAE, Engine, Probe]) -> None:
+    checkpoint = torch.load(trained[1].trainer.checkpoint_callback.best_model_path, weights_only=True)
+    with pytest.raises(ValueError, match=r"needs a model with embed_dim=16 \(not 8\); pass these arguments"):
+        PatchAE(**{**SMALL, "embed_dim": 8}).on_load_checkpoint(checkpoint)
+
+
+def test_bf16_mixed_precision_trains(stripes: Path, tmp_path: Path) -> None:
+    model, _ = train(stripes, tmp_path, precision="bf16-mixed", max_epochs=1)
+    assert model.model.bank.vectors.dtype == torch.float32
+    assert bool(model.post_processor.image_threshold.isfinite())
+
+
+def test_two_processes_train_one_model_with_one_bank(stripes: Path, tmp_path: Path) -> None:
+    script = tmp_path / "ddp.py"
+    script.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "import torch\n"
+        "from tests.patch_ae.test_training import SMALL, train\n"
+        "from anomalib_recon.models import PatchAE\n"
+        "root, folder = map(Path, sys.argv[1:])\n"
+        "model = PatchAE(**{**SMALL, 'coreset_ratio': 1.0})\n"
+        "_, engine = train(root, folder, model=model, devices=2, strategy='ddp')\n"
+        "torch.save(model.state_dict(), folder / f'rank{engine.trainer.global_rank}.pt')\n"
+    )
+    project = Path(__file__).parents[2]
+    subprocess.run(
+        [sys.executable, str(script), str(stripes), str(tmp_path)],
+        check=True,
+        cwd=project,
+        env={**os.environ, "PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    for name, value in first.items():
+        assert torch.equal(second[name], value), name
+    model = PatchAE(**{**SMALL, "coreset_ratio": 1.0})
+    model.load_state_dict(first)
+    # the images of both processes are in the bank, each once
+    expected, bank = features_of(model, stripes), first["model.bank.vectors"]
+    assert bank.shape == expected.shape
+    distances = torch.cdist(expected, bank, compute_mode="donot_use_mm_for_euclid_dist")
+    assert float(distances.amin(dim=1).max()) < 1e-4
+
+
+def test_demo_data_floor_with_an_untrained_backbone(tmp_path: Path) -> None:
+    seed_everything(0)
+    model = PatchAE(**{**SMALL, "image_size": 128, "learning_rate": 1e-3, "coreset_ratio": 0.02})
+    engine = Engine(default_root_dir=tmp_path, max_epochs=3, accelerator="cpu", enable_progress_bar=False)
+    datamodule = DemoAD(root=tmp_path / "data", category="grid")
+    engine.fit(model, datamodule=datamodule)
+    (figures,) = engine.test(model, datamodule=datamodule, verbose=False)
+    assert figures["image_AUROC"] > 0.8
+    assert figures["pixel_AUROC"] > 0.8

@@ -308,7 +308,7 @@ def find_feature_size(
             f"{image_size}, got {feature_size}."
         )
         raise ValueError(msg)
-    return size
+    return tuple(size)  # type: ignore[return-value]  # a list in a YAML file
 
 
 def _check_arguments(

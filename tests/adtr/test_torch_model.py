@@ -203,7 +203,7 @@ def test_scores_follow_from_the_reconstruction(images: Tensor) -> None:
     ("arguments", "words"),
     [
         ({"backbone": "resnet0"}, "^backbone='resnet0' is not a model of timm"),
-        ({"layers": ["blocks.9"]}, r"^layers must be among .* for backbone='test_efficientnet', got blocks\.9"),
+        ({"layers": ["blocks.9"]}, r"^layers must be among .* of backbone='test_efficientnet', got blocks\.9"),
         ({"feature_size": 7}, r"^feature_size must be one of 32 x 48, 16 x 24, 8 x 12, 4 x 6, 2 x 3, .*, got 7"),
         ({"feature_size": (6, 4)}, r"^feature_size must be one of .*, got \(6, 4\)"),
         ({"num_heads": 3}, "^embed_dim must be a multiple of num_heads, got 16 and 3"),

@@ -306,7 +306,7 @@ def test_two_processes_train_one_model(stripes: Path, tmp_path: Path) -> None:
         ({"learning_rate": -1.0}, "^learning_rate must be positive, got -1.0"),
         ({"lr_drop_epoch": 0}, "^lr_drop_epoch must be positive, got 0"),
         ({"image_size": 0}, "^image_size must be positive, got 0"),
-        ({"feature_size": 7}, r"^feature_size must be one of 32 x 32, 16 x 16, .* image_size=\(64, 64\), got 7"),
+        ({"feature_size": 7}, r"^feature_size must be one of 32 x 32, 16 x 16, .* image_size=\(64, 64\), got \(7, 7\)"),
         ({"confetti": 0.5}, "^confetti=0.5 and normal_checkpoint=None are for ADTR., but labels is None; pass labels="),
         ({"normal_checkpoint": "a.ckpt"}, "^confetti=0.0 and normal_checkpoint=a.ckpt are for ADTR., but labels is"),
         ({"pre_processor": ADTR.configure_pre_processor((32, 32))}, "^image_size must be the size that pre_processor"),

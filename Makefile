@@ -12,7 +12,7 @@ quickstart: .venv
 	$(PYTHON) -m anomalib_recon.quickstart
 
 test: .venv
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 lint: .venv
 	$(PYTHON) -m ruff check

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
+import os
 from pathlib import Path
+
+# the workers of a parallel run, and what they start, share the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

@@ -3,9 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-import openvino
 import pytest
-import torch
 from anomalib.data import MVTecAD
 from anomalib.deploy import ExportType, OpenVINOInferencer
 from anomalib.engine import Engine
@@ -14,9 +12,8 @@ from PIL import Image
 from torchvision.transforms.v2 import RandomChoice, Resize
 
 from anomalib_recon.models import ADTR
+from tests.exports import FP32, expected_from, export, images_of, run
 
-# a CPU with bfloat16 arithmetic would otherwise use it
-FP32 = {"INFERENCE_PRECISION_HINT": "f32"}
 OWN_SIZE = (64, 96)
 OTHER_SIZES = [(128, 128), (200, 131), (48, 40)]
 
@@ -44,37 +41,9 @@ def model(datamodule: MVTecAD, tmp_path_factory: pytest.TempPathFactory) -> ADTR
     return ADTR.load_from_checkpoint(engine.trainer.checkpoint_callback.best_model_path).eval()
 
 
-def export(model: ADTR, folder: Path, export_type: ExportType, **kwargs) -> Path:
-    engine = Engine(default_root_dir=folder, accelerator="cpu")
-    path = engine.export(model, export_type, export_root=folder, **kwargs)
-    model.eval()
-    assert path is not None
-    return path
-
-
 @pytest.fixture(scope="module")
 def exported(model: ADTR, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(model, tmp_path_factory.mktemp("openvino"), ExportType.OPENVINO)
-
-
-def images_of(root: Path, size: tuple[int, int]) -> np.ndarray:
-    """All test images at a size, ``(10, 3, *size)`` with values in [0, 1]."""
-    paths = sorted((root / "stripes" / "test").rglob("*.png"))
-    images = [Image.open(path).convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR) for path in paths]
-    return np.stack(images).transpose(0, 3, 1, 2).astype(np.float32) / 255
-
-
-def expected_from(model: ADTR, images: np.ndarray) -> dict[str, np.ndarray]:
-    with torch.no_grad():
-        return {name: value.numpy() for name, value in model(torch.from_numpy(images))._asdict().items()}
-
-
-def run(path: Path, images: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
-    compiled = openvino.Core().compile_model(path, "CPU", FP32)
-    batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-    outputs = [compiled(batch) for batch in batches]
-    names = [output.any_name for output in compiled.outputs]
-    return {name: np.concatenate([output[name] for output in outputs]) for name in names}
 
 
 def assert_equal(result: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:

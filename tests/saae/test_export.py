@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import openvino
 import pytest
 import torch
 from anomalib.data import MVTecAD
@@ -11,12 +10,10 @@ from anomalib.deploy import ExportType
 from anomalib.engine import Engine
 from anomalib.post_processing import PostProcessor
 from lightning import seed_everything
-from PIL import Image
 
 from anomalib_recon.models import SAAE
+from tests.exports import expected_from, export, images_of, run
 
-# a CPU with bfloat16 arithmetic would otherwise use it
-FP32 = {"INFERENCE_PRECISION_HINT": "f32"}
 MODELS = {
     "vit": {"backbone": "vit_tiny_patch16_224"},
     "cnn": {
@@ -48,31 +45,18 @@ def model(request: pytest.FixtureRequest, stripes: Path, tmp_path_factory: pytes
 
 
 @pytest.fixture(scope="module")
-def exported(model: SAAE, tmp_path_factory: pytest.TempPathFactory) -> openvino.CompiledModel:
-    folder = tmp_path_factory.mktemp("openvino")
-    engine = Engine(default_root_dir=folder, accelerator="cpu")
-    path = engine.export(model, ExportType.OPENVINO, export_root=folder)
-    model.eval()
-    return openvino.Core().compile_model(path, "CPU", FP32)
-
-
-def images_of(root: Path, size: tuple[int, int]) -> np.ndarray:
-    """Six test images at a size, ``(6, 3, *size)`` with values in [0, 1]."""
-    paths = sorted((root / "stripes" / "test").rglob("*.png"))[1:7]
-    images = [Image.open(path).convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR) for path in paths]
-    return np.stack(images).transpose(0, 3, 1, 2).astype(np.float32) / 255
+def exported(model: SAAE, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(model, tmp_path_factory.mktemp("openvino"), ExportType.OPENVINO)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("size", [(64, 80), (128, 128), (200, 131)])
 def test_openvino_scores_are_those_of_the_checkpoint(
-    model: SAAE, exported: openvino.CompiledModel, stripes: Path, size: tuple[int, int], batch_size: int
+    model: SAAE, exported: Path, stripes: Path, size: tuple[int, int], batch_size: int
 ) -> None:
     images = images_of(stripes, size)
-    with torch.no_grad():
-        expected = {name: value.numpy() for name, value in model(torch.from_numpy(images))._asdict().items()}
-    batches = [exported(images[start : start + batch_size]) for start in range(0, len(images), batch_size)]
-    result = {name: np.concatenate([batch[name] for batch in batches]) for name in expected}
+    expected = expected_from(model, images)
+    result = run(exported, images, batch_size)
     assert np.ptp(expected["pred_score"]) > 1e-3 * expected["pred_score"].mean()
     for name in ("pred_score", "anomaly_map"):
         np.testing.assert_allclose(result[name].reshape(expected[name].shape), expected[name], rtol=1e-4)
@@ -80,9 +64,8 @@ def test_openvino_scores_are_those_of_the_checkpoint(
 
 
 def test_a_pickled_model_scores_as_the_checkpoint(model: SAAE, stripes: Path, tmp_path: Path) -> None:
-    engine = Engine(default_root_dir=tmp_path, accelerator="cpu")
-    path = engine.export(model, ExportType.TORCH, export_root=tmp_path)
+    path = export(model, tmp_path, ExportType.TORCH)
     loaded = torch.load(path, weights_only=False)["model"].eval()
     images = torch.from_numpy(images_of(stripes, (64, 80)))
     with torch.no_grad():
-        torch.testing.assert_close(loaded(images).anomaly_map, model.eval()(images).anomaly_map)
+        torch.testing.assert_close(loaded(images).anomaly_map, model(images).anomaly_map)

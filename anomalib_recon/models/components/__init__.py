@@ -4,7 +4,7 @@
 
 from .backbone import BackboneNormalize, FrozenBackbone, create_backbone, stage_strides
 from .checkpoints import BackboneInCheckpoint, RandomState, refuse_other_networks
-from .deferred_validation import DeferredValidation, ValidationAtEnd
+from .deferred_validation import DeferredValidation, ValidationAtEnd, save_anew
 from .export import CurrentOpsetExport
 from .image_size import refuse_normalize, resolve_image_size
 from .training_images import check_training_files, load_images, normal_training_set
@@ -24,5 +24,6 @@ __all__ = [
     "refuse_normalize",
     "refuse_other_networks",
     "resolve_image_size",
+    "save_anew",
     "stage_strides",
 ]

@@ -70,9 +70,7 @@ class ValidationAtEnd(DeferredValidation):
         if self._validated or not self._trained:
             return
         self.validate(trainer)
-        for callback in trainer.checkpoint_callbacks:
-            if path := getattr(callback, "best_model_path", ""):
-                trainer.save_checkpoint(path)
+        save_anew(trainer)
 
     def validate(self, trainer: Trainer) -> None:
         """Validate as the trainer would have done, after what the model has left to do.
@@ -83,3 +81,14 @@ class ValidationAtEnd(DeferredValidation):
         if self._prepare:
             self._prepare()
         super().validate(trainer)
+
+
+def save_anew(trainer: Trainer) -> None:
+    """Save the checkpoint again whose training something has stopped before its last epoch ended.
+
+    Args:
+        trainer (Trainer): The trainer that has fitted.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if path := getattr(callback, "best_model_path", ""):
+            trainer.save_checkpoint(path)

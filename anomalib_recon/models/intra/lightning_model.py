@@ -43,11 +43,13 @@ from anomalib_recon.metrics import RawScoreEvaluator
 from anomalib_recon.models.components import (
     CurrentOpsetExport,
     DeferredValidation,
+    RandomState,
     check_training_files,
     load_images,
     normal_training_set,
     refuse_other_networks,
     resolve_image_size,
+    save_anew,
 )
 from anomalib_recon.pre_processing import ExactResizePreProcessor
 from anomalib_recon.visualization import ReconstructionVisualizer
@@ -217,7 +219,6 @@ class InTra(CurrentOpsetExport, AnomalibModule):  # type: ignore[misc]  # anomal
         self.held_out_losses: list[float] = []
         self._held_out_paths: list[str] = []
         self._best_weights: dict[str, Tensor] = {}
-        self._rng_state: Tensor | None = None
         self._fitted = False
         self._deferred_validation = DeferredValidation()
 
@@ -239,8 +240,8 @@ class InTra(CurrentOpsetExport, AnomalibModule):  # type: ignore[misc]  # anomal
             check_training_files(datamodule)
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Anomalib's components, and what puts validation off."""
-        return [*cast("Sequence[Callback]", super().configure_callbacks()), self._deferred_validation]
+        """Anomalib's components, what puts validation off, and random numbers that a resumed run continues."""
+        return [*cast("Sequence[Callback]", super().configure_callbacks()), self._deferred_validation, RandomState()]
 
     def on_fit_start(self) -> None:
         """Start afresh, or continue the interrupted run whose checkpoint was given."""
@@ -251,8 +252,6 @@ class InTra(CurrentOpsetExport, AnomalibModule):  # type: ignore[misc]  # anomal
             return
         if not self._best_weights:  # a finished run, which has the weights of its best epoch
             self._best_weights = self._copy_weights()
-        if self._rng_state is not None:
-            torch.set_rng_state(self._rng_state)
 
     def on_train_start(self) -> None:
         """Hold out a part of the normal training images.
@@ -379,9 +378,7 @@ class InTra(CurrentOpsetExport, AnomalibModule):  # type: ignore[misc]  # anomal
         if self._fitted or not self.held_out_losses:
             return
         self._finish()
-        for callback in self.trainer.checkpoint_callbacks:
-            if path := getattr(callback, "best_model_path", ""):
-                self.trainer.save_checkpoint(path)
+        save_anew(self.trainer)
 
     def _finish(self) -> None:
         """Restore the best weights, take the mean normal difference (eq. 17) and let the thresholds be set."""
@@ -463,7 +460,6 @@ class InTra(CurrentOpsetExport, AnomalibModule):  # type: ignore[misc]  # anomal
             "held_out_losses": self.held_out_losses,
             "held_out_paths": self._held_out_paths,
             "best_weights": self._best_weights,
-            "rng_state": torch.get_rng_state(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -481,7 +477,6 @@ class InTra(CurrentOpsetExport, AnomalibModule):  # type: ignore[misc]  # anomal
         self.held_out_losses = state["held_out_losses"]
         self._held_out_paths = state["held_out_paths"]
         self._best_weights = state["best_weights"]
-        self._rng_state = state["rng_state"]
 
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:

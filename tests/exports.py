@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Exported models, executed beside the checkpoint they come from."""
+
+from pathlib import Path
+
+import numpy as np
+import openvino
+import torch
+from anomalib.deploy import ExportType
+from anomalib.engine import Engine
+from anomalib.models import AnomalibModule
+from PIL import Image
+
+# a CPU with bfloat16 arithmetic would otherwise use it
+FP32 = {"INFERENCE_PRECISION_HINT": "f32"}
+
+
+def export(model: AnomalibModule, folder: Path, export_type: ExportType, **kwargs) -> Path:
+    engine = Engine(default_root_dir=folder, accelerator="cpu")
+    path = engine.export(model, export_type, export_root=folder, **kwargs)
+    model.eval()
+    assert path is not None
+    return path
+
+
+def images_of(root: Path, size: tuple[int, int]) -> np.ndarray:
+    """All test images of the stripes at a size, ``(10, 3, *size)`` with values in [0, 1]."""
+    paths = sorted((root / "stripes" / "test").rglob("*.png"))
+    images = [Image.open(path).convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR) for path in paths]
+    return np.stack(images).transpose(0, 3, 1, 2).astype(np.float32) / 255
+
+
+def expected_from(model: AnomalibModule, images: np.ndarray) -> dict[str, np.ndarray]:
+    with torch.no_grad():
+        return {name: value.numpy() for name, value in model(torch.from_numpy(images))._asdict().items()}
+
+
+def run(path: Path, images: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
+    compiled = openvino.Core().compile_model(path, "CPU", FP32)
+    batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+    outputs = [compiled(batch) for batch in batches]
+    names = [output.any_name for output in compiled.outputs]
+    return {name: np.concatenate([output[name] for output in outputs]) for name in names}

@@ -36,6 +36,8 @@ from anomalib_recon.metrics import RawScoreEvaluator
 from anomalib_recon.models import PatchAE
 from anomalib_recon.models.components import create_backbone, stage_strides
 
+# an epoch of these learns the statistics of the stages, and no weights
+NO_STEPS = {"trained_stages": 0, "learning_rate": 1e-12}
 # what each row changes; each but the first is scored by its bank
 ROWS: dict[str, dict[str, Any]] = {
     "plain, by reconstruction error": {"patch_wise": False, "defect_probability": 0.0, "score_by": "reconstruction"},
@@ -44,10 +46,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "defects": {"patch_wise": False},
     "full": {},
     "full, by stages": {"score_by": "stages"},
-    "untrained": {"trained_stages": 0, "score_by": "stages"},
+    "untrained": NO_STEPS,
+    "untrained, by stages": {**NO_STEPS, "score_by": "stages"},
     "PatchCore": {},
 }
-NOT_TRAINED = {"untrained", "PatchCore"}
+NOT_TRAINED = {"untrained", "untrained, by stages", "PatchCore"}
 METRICS = {"image_AUROC": "image AUROC", "pixel_AUROC": "pixel AUROC", "pixel_AUPRO": "PRO"}
 
 
@@ -96,7 +99,12 @@ def patch_ae(row: str, arguments: argparse.Namespace) -> PatchAE:
         image_size=arguments.image_size,
         coreset_ratio=arguments.coreset_ratio,
         visualizer=False,
-        **{"learning_rate": arguments.learning_rate, "alpha": arguments.alpha, **ROWS[row]},
+        **{
+            "learning_rate": arguments.learning_rate,
+            "backbone_learning_rate": arguments.backbone_learning_rate,
+            "alpha": arguments.alpha,
+            **ROWS[row],
+        },
     )
 
 
@@ -107,10 +115,9 @@ def run(row: str, datamodule: AnomalibDataModule, arguments: argparse.Namespace)
     start = time.monotonic()
     with TemporaryDirectory() as folder:
         engine = Engine(
-            # half precision would move PatchCore's distances; an encoder that is not trained needs no more than a step
+            # half precision would move PatchCore's distances
             precision="32" if row == "PatchCore" else arguments.precision,
             max_epochs=1 if row in NOT_TRAINED else arguments.epochs,
-            limit_train_batches=1 if row == "untrained" else 1.0,
             limit_val_batches=0,
             logger=False,
             enable_progress_bar=False,
@@ -141,7 +148,8 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--backbone_learning_rate", type=float, default=2e-5)
     parser.add_argument("--alpha", type=float, default=0.5)
     parser.add_argument("--coreset_ratio", type=float, default=0.1)
     parser.add_argument("--max_train_images", type=int, default=1_000_000)

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
+import numpy as np
 import pytest
 import torch
+from sklearn.covariance import EmpiricalCovariance
 from torch.nn import functional
 
 from anomalib_recon.models import PatchAE
 from anomalib_recon.models.patch_ae.torch_model import PatchAEModel
+from anomalib_recon.models.patch_ae.whitening import Whitening
 
 SMALL = {"backbone": "resnet18", "pre_trained": False, "image_size": (64, 48), "embed_dim": 16}
 
@@ -95,6 +98,45 @@ def test_scores_by_features_stages_and_reconstruction() -> None:
     torch.testing.assert_close(predictions.anomaly_map[:, 0], (reconstruction - images).square().mean(dim=1))
 
 
+def test_stages_are_standardised_in_training() -> None:
+    model = build()
+    images = torch.rand(4, 3, 64, 48)
+    with torch.no_grad():
+        raw = model.extract_stages(images).numpy()  # statistics are still 0 and 1
+        standardised = model.train().extract_stages(images).numpy()
+    expected = (raw - raw.mean((0, 2, 3), keepdims=True)) / np.sqrt(raw.var((0, 2, 3), keepdims=True) + 1e-5)
+    np.testing.assert_allclose(standardised, expected, atol=1e-2)
+    assert np.abs(raw.mean((0, 2, 3))).max() > 0.1
+
+
+def test_distances_are_in_units_of_the_normal_variation() -> None:
+    """The Mahalanobis distance of scikit-learn, but for the shrinkage, and the same whatever the scale of features."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(6, 6, generator=generator)
+    normal, other = (torch.randn(count, 6, generator=generator) @ mixing.T + 5 for count in (4000, 10))
+    whitening = Whitening(6)
+    whitening.fit(normal)
+
+    def whiten(vectors: torch.Tensor) -> torch.Tensor:
+        return whitening(vectors[:, :, None, None])[:, :, 0, 0]
+
+    distances = (whiten(other) - whiten(normal.mean(dim=0, keepdim=True))).norm(dim=1)
+    covariance = EmpiricalCovariance().fit(normal.numpy()).covariance_
+    shrunk = covariance + 0.01 * np.trace(covariance) / 6 * np.eye(6)
+    centred = other.numpy() - normal.numpy().mean(axis=0)
+    expected = np.sqrt(np.einsum("nc,cd,nd->n", centred, np.linalg.inv(shrunk), centred))
+    np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-3)
+    whitened = whiten(other)
+    whitening.fit(1e-3 * normal)
+    torch.testing.assert_close(whiten(1e-3 * other), whitened, rtol=1e-3, atol=1e-3)
+
+
+def test_constant_features_are_whitened_without_failure() -> None:
+    whitening = Whitening(4)
+    whitening.fit(torch.full((10, 4), 3.0))
+    assert bool(whitening(torch.full((1, 4, 2, 2), 3.0)).isfinite().all())
+
+
 def test_sigma_smooths_the_map() -> None:
     images = torch.rand(1, 3, 64, 48)
     maps = []
@@ -111,6 +153,7 @@ def test_sigma_smooths_the_map() -> None:
     ("arguments", "words"),
     [
         ({"image_size": (64, 60)}, "image_size must be a multiple of patch_size, got 64 x 60 and 8"),
+        ({"image_size": (8, 8)}, "image_size must hold more than one patch, got 8 x 8 and 8"),
         ({"patch_size": 0}, "patch_size must be at least 1, got 0"),
         ({"embed_dim": 0}, "embed_dim must be at least 1, got 0"),
         ({"trained_stages": 5}, "trained_stages must be from 0 to 4, got 5"),
@@ -130,6 +173,10 @@ def test_wrong_arguments_are_named(arguments: dict, words: str) -> None:
     [
         ({"alpha": 2.0}, r"alpha must be in \[0, 1\], got 2.0"),
         ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
+        (
+            {"backbone_learning_rate": 0.0},
+            "backbone_learning_rate must be positive, got 0.0; to keep",
+        ),
         ({"coreset_ratio": 0.0}, "coreset_ratio must be above 0 and at most 1, got 0.0"),
         ({"defect_probability": -1.0}, r"defect_probability must be in \[0, 1\], got -1.0"),
         (

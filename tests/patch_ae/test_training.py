@@ -68,9 +68,10 @@ def images_in(folder: Path) -> torch.Tensor:
 
 
 def features_of(model: PatchAE, root: Path) -> torch.Tensor:
-    """Features of the normal training images, (12 * 8 * 8, D)."""
+    """Whitened features of the normal training images, (12 * 8 * 8, D)."""
+    network = model.eval().model
     with torch.no_grad():
-        features = model.eval().model.encode(images_in(root / "stripes" / "train" / "good"))
+        features = network.whitening(network.encode(images_in(root / "stripes" / "train" / "good")))
     return features.permute(0, 2, 3, 1).flatten(0, 2)
 
 

@@ -106,7 +106,9 @@ class PatchAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type
             width.
             Defaults to ``(0.0, 1.0)``.
         learning_rate (float): Learning rate of Adam.
-            Defaults to ``1e-4``.
+            Defaults to ``1e-3``.
+        backbone_learning_rate (float): The same for the weights of the backbone.
+            Defaults to ``2e-5``.
         coreset_ratio (float): Share of the normal features, in (0, 1], that becomes the bank; 1 keeps all.
             Defaults to ``0.1``.
         score_by (Literal["features", "stages", "reconstruction"]): Distance of the vectors to the normal ones, the same
@@ -149,7 +151,8 @@ class PatchAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type
         defect_aspect_range: tuple[float, float] = (0.3, 3.3),
         defect_angle_range: tuple[float, float] = (0.0, 180.0),
         defect_position_range: tuple[float, float] = (0.0, 1.0),
-        learning_rate: float = 1e-4,
+        learning_rate: float = 1e-3,
+        backbone_learning_rate: float = 2e-5,
         coreset_ratio: float = 0.1,
         score_by: Literal["features", "stages", "reconstruction"] = "features",
         sigma: float = 4.0,
@@ -169,7 +172,13 @@ class PatchAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
         if learning_rate <= 0:
-            msg = f"learning_rate must be positive, got {learning_rate}; to keep the backbone pass trained_stages=0."
+            msg = f"learning_rate must be positive, got {learning_rate}."
+            raise ValueError(msg)
+        if backbone_learning_rate <= 0:
+            msg = (
+                f"backbone_learning_rate must be positive, got {backbone_learning_rate}; to keep the backbone as it "
+                "is pass trained_stages=0."
+            )
             raise ValueError(msg)
         if not 0 < coreset_ratio <= 1:
             msg = f"coreset_ratio must be above 0 and at most 1, got {coreset_ratio}."
@@ -198,12 +207,16 @@ class PatchAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type
             vectors_per_chunk=vectors_per_chunk,
         )
         self.learning_rate = learning_rate
+        self.backbone_learning_rate = backbone_learning_rate
         self.coreset_ratio = coreset_ratio
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam on all weights that are trained."""
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return torch.optim.Adam(trained, lr=self.learning_rate)
+        """Adam, with smaller steps for the weights that come from ImageNet."""
+        model = self.model
+        new = [*model.project.parameters(), *model.decoder.parameters()]
+        trained = [weight for weight in model.backbone.parameters() if weight.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": new}, {"params": trained, "lr": self.backbone_learning_rate}]
+        return torch.optim.Adam(groups, lr=self.learning_rate)
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Anomalib's components, bank and validation at the end, and random numbers that a resumed run continues."""
@@ -267,6 +280,9 @@ class PatchAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type
         dataset = self._normal_training_images()
         # a process without an image repeats the first: a vector more than once changes no distance
         share = range(self.global_rank, len(dataset), self.trainer.world_size) or range(1)
+        for statistic in self.model.standardize.buffers():
+            if statistic.is_floating_point():  # each process has that of its own images
+                statistic.copy_(cast("Tensor", self.trainer.strategy.reduce(statistic, reduce_op="mean")))
         transform = getattr(self.pre_processor, "transform", None)
         self.eval()
         parts = []
@@ -279,6 +295,8 @@ class PatchAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type
         vectors = torch.cat(parts)
         if self.trainer.world_size > 1:
             vectors = torch.cat(gather_all_tensors(vectors))
+        self.model.whitening.fit(vectors)
+        vectors = vectors @ self.model.whitening.matrix.T
         # one process selects, for all to have the same
         coreset = select_coreset(vectors, self.coreset_ratio).cpu() if self.trainer.is_global_zero else torch.empty(0)
         self.model.bank.fill(self.trainer.strategy.broadcast(coreset).to(self.device))

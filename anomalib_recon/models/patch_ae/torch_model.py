@@ -29,6 +29,7 @@ from anomalib_recon.pre_processing import AntialiasResize
 
 from .anomaly_map import AnomalyMapGenerator
 from .normal_bank import NormalBank
+from .whitening import Whitening
 
 NUM_CHANNELS = 3
 NUM_STAGES = 4
@@ -39,7 +40,8 @@ PROBE_SIZE = 64
 class PatchAEModel(nn.Module):
     """Auto-encoder of patches whose features are compared with those of normal images.
 
-    The backbone stays in eval mode: the statistics of its batch normalisation are those of its weights.
+    The backbone stays in eval mode: the statistics of its batch normalisation are those of its weights. Its stages are
+    standardised by statistics that are learned in training.
 
     Args:
         backbone (str): CNN of timm, with or without the tag of its weights; its last four stages are used.
@@ -106,8 +108,10 @@ class PatchAEModel(nn.Module):
         rows, columns = (side // patch_size for side in image_size)
         self.num_patches = rows * columns
         self.resize = AntialiasResize((rows, columns))
+        num_channels = sum(self.backbone.feature_info.channels())
+        self.standardize = nn.BatchNorm2d(num_channels, affine=False)
         self.project = nn.Sequential(
-            nn.Conv2d(sum(self.backbone.feature_info.channels()), embed_dim, kernel_size=1),
+            nn.Conv2d(num_channels, embed_dim, kernel_size=1),
             nn.GELU(),
             nn.Conv2d(embed_dim, embed_dim, kernel_size=1),
         )
@@ -119,6 +123,7 @@ class PatchAEModel(nn.Module):
             nn.Conv2d(embed_dim, NUM_CHANNELS * patch_size**2, kernel_size, padding=padding),
             nn.PixelShuffle(patch_size),
         )
+        self.whitening = Whitening(num_channels if score_by == "stages" else embed_dim)
         self.bank = NormalBank(vectors_per_chunk)
         self.anomaly_map_generator = AnomalyMapGenerator(sigma)
         self.train()
@@ -130,7 +135,7 @@ class PatchAEModel(nn.Module):
         return self
 
     def extract_stages(self, images: Tensor) -> Tensor:
-        """Resize the feature maps of the four stages to the grid and concatenate them.
+        """Resize the feature maps of the four stages to the grid, concatenate and standardise them.
 
         Args:
             images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
@@ -149,7 +154,7 @@ class PatchAEModel(nn.Module):
             raise ValueError(msg)
         stages = self.backbone(self.normalize(images))
         with torch.autocast(images.device.type, enabled=False):
-            return torch.cat([self.resize(stage.float()) for stage in stages], dim=1)
+            return self.standardize(torch.cat([self.resize(stage.float()) for stage in stages], dim=1))
 
     def encode(self, images: Tensor) -> Tensor:
         """Encode each patch of images in one vector.
@@ -174,7 +179,7 @@ class PatchAEModel(nn.Module):
         return self.decoder(features)
 
     def extract_scored(self, images: Tensor) -> Tensor:
-        """Compute the features that are compared with those of the bank.
+        """Compute the features that are compared with the normal ones, before they are whitened.
 
         Args:
             images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
@@ -200,7 +205,7 @@ class PatchAEModel(nn.Module):
             if self.score_by == "reconstruction":
                 scores = functional.mse_loss(reconstruction, images, reduction="none").mean(dim=1, keepdim=True)
             else:
-                scores = self.bank(features if self.score_by == "features" else stages)
+                scores = self.bank(self.whitening(features.float() if self.score_by == "features" else stages))
             anomaly_map = self.anomaly_map_generator(scores, self.image_size)
         return reconstruction, InferenceBatch(pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map)
 
@@ -238,6 +243,9 @@ def _check_arguments(
             raise ValueError(msg)
     if any(side % patch_size for side in image_size):
         msg = f"image_size must be a multiple of patch_size, got {image_size[0]} x {image_size[1]} and {patch_size}."
+        raise ValueError(msg)
+    if image_size == (patch_size, patch_size):
+        msg = f"image_size must hold more than one patch, got {image_size[0]} x {image_size[1]} and {patch_size}."
         raise ValueError(msg)
     if not 0 <= trained_stages <= NUM_STAGES:
         msg = f"trained_stages must be from 0 to {NUM_STAGES}, got {trained_stages}."

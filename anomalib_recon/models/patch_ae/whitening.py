@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Whitening: features in units of their normal variation.
+
+Example:
+    >>> import torch
+    >>> from anomalib_recon.models.patch_ae.whitening import Whitening
+    >>> whitening = Whitening(num_channels=8)
+    >>> whitening.fit(torch.randn(1000, 8) * torch.arange(1.0, 9.0))
+    >>> whitening(torch.rand(2, 8, 4, 4)).shape
+    torch.Size([2, 8, 4, 4])
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+# Share of the mean variance that is added to every variance: directions in which normal features hardly vary at all
+# must not outweigh all others by their noise.
+SHRINKAGE = 0.01
+# least variance, for features that are constant
+MIN_VARIANCE = 1e-12
+
+
+class Whitening(nn.Module):
+    """Linear map after which the normal features vary alike in all directions.
+
+    A Euclidean distance of whitened features is a Mahalanobis distance of the features. Before :meth:`fit` they stay as
+    they are.
+
+    Args:
+        num_channels (int): Length C of a feature vector.
+    """
+
+    matrix: Tensor
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        self.register_buffer("matrix", torch.eye(num_channels))
+
+    def fit(self, vectors: Tensor) -> None:
+        """Set the map by the covariance of normal features.
+
+        Args:
+            vectors (Tensor): Normal features of shape ``(M, C)``, at least two.
+        """
+        covariance = torch.cov(vectors.T).double()
+        covariance.diagonal().add_((SHRINKAGE * covariance.diagonal().mean()).clamp(min=MIN_VARIANCE))
+        identity = torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
+        self.matrix = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), identity, upper=False).float()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Whiten features.
+
+        Args:
+            features (Tensor): Features of shape ``(B, C, h, w)``.
+
+        Returns:
+            Tensor: Features of the same shape.
+        """
+        return functional.conv2d(features, self.matrix[:, :, None, None])

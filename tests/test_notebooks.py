@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The notebooks, with shorter schedules. All run in this process: a kernel for each would import anomalib anew."""
+
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import RichOutput, capture_output
+from matplotlib import pyplot as plt
+
+NOTEBOOKS = sorted(Path(__file__).parents[1].glob("notebooks/*.ipynb"))
+
+# in place of the values of the cell with the tag "parameters"
+QUICK = {
+    "01_getting_started": {"EPOCHS": 2, "WINDOWS_PER_IMAGE": 30, "IMAGE_SIZE": 64},
+    "02_your_own_images": {"EPOCHS": 4},
+    "03_compare_models": {"EPOCHS": 1, "IMAGE_SIZE": 64},
+    "04_adtr_plus": {"EPOCHS": 4, "PLUS_EPOCHS": 2},
+    "05_openvino": {"EPOCHS": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the notebooks run, so that they share the drawn images."""
+    return tmp_path_factory.mktemp("notebooks")
+
+
+@pytest.fixture
+def shell(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("IPYTHONDIR", str(folder / "ipython"))
+    backend = plt.get_backend()
+    shell = InteractiveShell.instance()
+    shell.run_line_magic("matplotlib", "inline")
+    yield shell
+    InteractiveShell.clear_instance()
+    plt.switch_backend(backend)
+
+
+def execute(name: str, shell: InteractiveShell) -> tuple[dict[str, Any], list[RichOutput]]:
+    """Run a notebook; return its variables and the outputs of its last cell."""
+    [path] = [path for path in NOTEBOOKS if path.stem == name]
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type != "code":
+            continue
+        with capture_output() as captured:
+            result = shell.run_cell(cell.source)
+        result.raise_error()
+        if "parameters" in cell.metadata.get("tags", ()):
+            assert QUICK[name].keys() <= shell.user_ns.keys()
+            shell.push(QUICK[name])
+    return shell.user_ns, captured.outputs
+
+
+def has_picture(outputs: list[RichOutput]) -> bool:
+    return any("image/png" in output.data for output in outputs)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_valid_and_without_outputs(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    assert code[0].metadata.tags == ["parameters"]
+
+
+def test_each_notebook_is_executed() -> None:
+    assert QUICK.keys() == {path.stem for path in NOTEBOOKS}
+
+
+def test_getting_started(shell: InteractiveShell) -> None:
+    names, outputs = execute("01_getting_started", shell)
+    assert names["metrics"]["pixel_AUROC"] > 0.6
+    assert has_picture(outputs)
+
+
+def test_your_own_images(shell: InteractiveShell) -> None:
+    names, outputs = execute("02_your_own_images", shell)
+    assert len(names["datamodule"].val_data) == 20
+    assert names["pixel_rate"] < 4 * names["PIXEL_FPR"]
+    assert names["new"].pred_label.any()
+    assert has_picture(outputs)
+
+
+def test_compare_models(shell: InteractiveShell) -> None:
+    names, outputs = execute("03_compare_models", shell)
+    table = names["table"]
+    assert list(table.index) == ["PatchAE", "PaDiM", "PatchCore"]
+    assert (table[["image_AUROC", "pixel_AUROC"]] > 0.5).all(axis=None)
+    assert has_picture(outputs)
+
+
+def test_adtr_plus(shell: InteractiveShell) -> None:
+    names, outputs = execute("04_adtr_plus", shell)
+    table = names["table"]
+    assert list(table.index) == ["ADTR", "ADTR, trained longer", "ADTR+"]
+    assert (table["pixel_AUROC"] > 0.6).all()
+    assert len(names["labelled"].test_data) == 40 - names["NUM_DEFECTS"]
+    assert has_picture(outputs)
+
+
+def test_openvino(shell: InteractiveShell) -> None:
+    names, outputs = execute("05_openvino", shell)
+    differences = names["table"]["largest score difference"]
+    assert list(differences.index) == ["checkpoint", "fp32", "int8", "int8_ptq"]
+    assert differences["fp32"] < 1e-3
+    assert differences.max() < 0.5
+    assert has_picture(outputs)

@@ -23,26 +23,31 @@ QUICK = {
 }
 
 
+class Shell(InteractiveShell):
+    """IPython without a terminal."""
+
+    def enable_gui(self, gui=None) -> None:
+        """Pictures within the notebook need no window."""
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the notebooks run, so that they share the drawn images."""
-    return tmp_path_factory.mktemp("notebooks")
-
-
-@pytest.fixture
-def shell(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("IPYTHONDIR", str(folder / "ipython"))
+def shell(tmp_path_factory: pytest.TempPathFactory):
+    """One shell, whose folder the notebooks share, so that images are drawn once."""
+    folder = tmp_path_factory.mktemp("notebooks")
     backend = plt.get_backend()
-    shell = InteractiveShell.instance()
-    shell.run_line_magic("matplotlib", "inline")
-    yield shell
-    InteractiveShell.clear_instance()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("IPYTHONDIR", str(folder / "ipython"))
+        shell = Shell.instance()
+        shell.run_line_magic("matplotlib", "inline")
+        yield shell
+    Shell.clear_instance()
     plt.switch_backend(backend)
 
 
-def execute(name: str, shell: InteractiveShell) -> tuple[dict[str, Any], list[RichOutput]]:
+def execute(name: str, shell: Shell) -> tuple[dict[str, Any], list[RichOutput]]:
     """Run a notebook; return its variables and the outputs of its last cell."""
+    shell.reset()
     [path] = [path for path in NOTEBOOKS if path.stem == name]
     for cell in nbformat.read(path, as_version=4).cells:
         if cell.cell_type != "code":
@@ -73,13 +78,13 @@ def test_each_notebook_is_executed() -> None:
     assert QUICK.keys() == {path.stem for path in NOTEBOOKS}
 
 
-def test_getting_started(shell: InteractiveShell) -> None:
+def test_getting_started(shell: Shell) -> None:
     names, outputs = execute("01_getting_started", shell)
     assert names["metrics"]["pixel_AUROC"] > 0.6
     assert has_picture(outputs)
 
 
-def test_your_own_images(shell: InteractiveShell) -> None:
+def test_your_own_images(shell: Shell) -> None:
     names, outputs = execute("02_your_own_images", shell)
     assert len(names["datamodule"].val_data) == 20
     assert names["pixel_rate"] < 4 * names["PIXEL_FPR"]
@@ -87,7 +92,7 @@ def test_your_own_images(shell: InteractiveShell) -> None:
     assert has_picture(outputs)
 
 
-def test_compare_models(shell: InteractiveShell) -> None:
+def test_compare_models(shell: Shell) -> None:
     names, outputs = execute("03_compare_models", shell)
     table = names["table"]
     assert list(table.index) == ["PatchAE", "PaDiM", "PatchCore"]
@@ -95,7 +100,7 @@ def test_compare_models(shell: InteractiveShell) -> None:
     assert has_picture(outputs)
 
 
-def test_adtr_plus(shell: InteractiveShell) -> None:
+def test_adtr_plus(shell: Shell) -> None:
     names, outputs = execute("04_adtr_plus", shell)
     table = names["table"]
     assert list(table.index) == ["ADTR", "ADTR, trained longer", "ADTR+"]
@@ -104,7 +109,7 @@ def test_adtr_plus(shell: InteractiveShell) -> None:
     assert has_picture(outputs)
 
 
-def test_openvino(shell: InteractiveShell) -> None:
+def test_openvino(shell: Shell) -> None:
     names, outputs = execute("05_openvino", shell)
     differences = names["table"]["largest score difference"]
     assert list(differences.index) == ["checkpoint", "fp32", "int8", "int8_ptq"]

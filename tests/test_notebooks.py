@@ -10,6 +10,7 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import RichOutput, capture_output
 from matplotlib import pyplot as plt
+from traitlets.config import Config
 
 NOTEBOOKS = sorted(Path(__file__).parents[1].glob("notebooks/*.ipynb"))
 
@@ -18,8 +19,8 @@ QUICK = {
     "01_getting_started": {"EPOCHS": 2, "WINDOWS_PER_IMAGE": 30, "IMAGE_SIZE": 64},
     "02_your_own_images": {"EPOCHS": 4},
     "03_compare_models": {"EPOCHS": 1, "IMAGE_SIZE": 64},
-    "04_adtr_plus": {"EPOCHS": 4, "PLUS_EPOCHS": 2},
-    "05_openvino": {"EPOCHS": 2},
+    "04_adtr_plus": {"EPOCHS": 3, "PLUS_EPOCHS": 1},
+    "05_openvino": {"EPOCHS": 2, "EXPORTS": ("fp32", "int8")},  # calibration takes minutes; tests of exports have it
 }
 
 
@@ -38,7 +39,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("IPYTHONDIR", str(folder / "ipython"))
-        shell = Shell.instance()
+        shell = Shell.instance(config=Config({"HistoryManager": {"enabled": False}}))
         shell.run_line_magic("matplotlib", "inline")
         yield shell
     Shell.clear_instance()
@@ -88,7 +89,7 @@ def test_your_own_images(shell: Shell) -> None:
     names, outputs = execute("02_your_own_images", shell)
     assert len(names["datamodule"].val_data) == 20
     assert names["pixel_rate"] < 4 * names["PIXEL_FPR"]
-    assert names["new"].pred_label.any()
+    assert names["found"] > 0
     assert has_picture(outputs)
 
 
@@ -112,7 +113,7 @@ def test_adtr_plus(shell: Shell) -> None:
 def test_openvino(shell: Shell) -> None:
     names, outputs = execute("05_openvino", shell)
     differences = names["table"]["largest score difference"]
-    assert list(differences.index) == ["checkpoint", "fp32", "int8", "int8_ptq"]
+    assert list(differences.index) == ["checkpoint", "fp32", "int8"]
     assert differences["fp32"] < 1e-3
     assert differences.max() < 0.5
     assert has_picture(outputs)

@@ -14,6 +14,7 @@ from traitlets.config import Config
 
 NOTEBOOKS = sorted(Path(__file__).parents[1].glob("notebooks/*.ipynb"))
 
+
 class Shell(InteractiveShell):
     """IPython without a terminal."""
 

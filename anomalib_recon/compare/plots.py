@@ -12,6 +12,7 @@ from anomalib.data.utils import read_image
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from sklearn.metrics import roc_curve
 from torch.nn.functional import interpolate
 
@@ -84,7 +85,7 @@ def speed_against_accuracy(results: pd.DataFrame) -> bytes:
     Returns:
         bytes: PNG file. The time is that of OpenVINO, or of torch where there is no export (hollow markers).
     """
-    figure = Figure(figsize=(7.2, 3.8), layout="constrained")
+    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
     axis = figure.subplots()
     datasets = list(results["data"].unique())
     for colour, (model, rows) in zip(COLOURS, results.groupby("model", sort=False), strict=False):
@@ -102,12 +103,16 @@ def speed_against_accuracy(results: pd.DataFrame) -> bytes:
     for index, name in enumerate(datasets if len(datasets) > 1 else ()):
         axis.scatter([], [], color=GREY, marker=MARKERS[index % len(MARKERS)], label=name)
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(LogFormatter(labelOnlyBase=False))
+    axis.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
+    axis.set_ylim(min(results["image_AUROC"].min() - 0.02, 0.9), 1.005)
     axis.grid(color="#eaecf0", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.set_xlabel("milliseconds per image", fontsize=9)
     axis.set_ylabel("image AUROC", fontsize=9)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     _clean(axis)
+    axis.tick_params(axis="x", which="minor", labelsize=8, labelcolor=GREY)
     return png(figure)
 
 
@@ -140,7 +145,7 @@ def cases(scores: Scores, maps: torch.Tensor, masks: torch.Tensor, threshold: fl
     chosen = chosen_cases(scores)
     indices = [index for _, index in chosen]
     low, high = maps[indices].min().item(), maps[indices].max().item()
-    figure = Figure(figsize=(1.35 * len(chosen), 4.9), layout="constrained")
+    figure = Figure(figsize=(1.35 * len(chosen), 4.5), layout="constrained")
     panels = figure.subplots(3, len(chosen), squeeze=False)
     for column, (kind, index) in enumerate(chosen):
         image = read_image(scores.paths[index], as_tensor=True)

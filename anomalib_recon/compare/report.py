@@ -47,7 +47,7 @@ def table_rows(frame: pd.DataFrame) -> list[dict[str, object]]:
         {
             "model": line["model"],
             "cells": [
-                ("–" if pd.isna(line[name]) else form.format(line[name]), line[name] == best.get(name))
+                ("" if pd.isna(line[name]) else form.format(line[name]), line[name] == best.get(name))
                 for name, _, form, _ in COLUMNS
             ],
         }

@@ -83,8 +83,8 @@ class Run:
         write_json(self.folder / "result.json", self._measure(trained))
 
     def _measure(self, trained: Trained) -> dict[str, Any]:
+        scores, maps, masks = score(trained)  # before the test, which takes the training's data from the trainer
         [metrics] = trained.engine.test(trained.model, datamodule=trained.datamodule)
-        scores, maps, masks = score(trained)
         threshold = trained.model.post_processor.image_threshold.item()
         write_whole(self.folder / "scores.npz", scores.to_bytes())
         write_whole(self.folder / "cases.png", cases(scores, maps, masks, threshold))

@@ -3,6 +3,7 @@
 """What the paper reports beside what was measured."""
 
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,19 @@ def markdown(table: Table, results: Results) -> str:
         str: Heading, table, and what is missing.
     """
     frame = summarise(table, results)
-    frame["training"] = pd.to_timedelta(frame.pop("training_seconds"), unit="s").dt.round("s").astype("string")
-    frame = frame[[*frame.columns.drop("hardware"), "hardware"]]
+    frame["training"] = [_hours(seconds) for seconds in frame.pop("training_seconds")]
+    frame["hardware"] = frame.pop("hardware")  # last, because it is long
+    frame = frame.astype(object).where(frame.notna(), None)
     parts = [f"# {table.paper}", "Percent. `paper` are the figures of the paper, `ours` those measured here."]
     parts.append(frame.to_markdown(index=False, floatfmt=".2f", missingval=""))
-    parts += [f"Missing of {name}: {', '.join(categories)}." for name, categories in missing(table, results).items()]
+    for method, categories in missing(table, results).items():
+        is_all = categories == table.categories_of(table.rows[method])
+        parts.append(f"Missing of {method}: {'all categories' if is_all else ', '.join(categories)}.")
     return "\n\n".join(parts) + "\n"
+
+
+def _hours(seconds: float) -> str | None:
+    return None if pd.isna(seconds) else str(timedelta(seconds=round(seconds)))
 
 
 def write_summary(table: Table, results: Results, folder: Path) -> None:

@@ -73,8 +73,6 @@ def test_overrides_are_arguments_of_the_model_and_the_trainer(name: str) -> None
     for row in table.rows.values():
         assert row.after is None or row.after in table.rows
         for category in (*table.categories_of(row), "mine"):
-            if category == "mine" and row.config_for(category) == row.config.format(category=category):
-                assert "{category}" not in row.config
             config = yaml.safe_load(config_path(row.config_for(category)).read_text())
             model = getattr(anomalib.models, config["model"]["class_path"].split(".")[-1])
             for argument in table.overrides_of(row, category):
@@ -95,13 +93,8 @@ def test_an_interrupted_call_continues_and_a_finished_one_is_skipped(
     # the third epoch is done anew, the first two are not
     assert StopOnce.epochs == [0, 1, 2, 2]
     result = json.loads((folder / "result.json").read_text())
-    assert torch.load(folder / result["checkpoint"], weights_only=False)["epoch"] == 2
-    [timer] = [
-        state
-        for name, state in torch.load(folder / result["checkpoint"], weights_only=False)["callbacks"].items()
-        if name.startswith("TrainingTime")
-    ]
-    assert result["training_seconds"] >= timer["time_elapsed"]["train"] > 0
+    saved = torch.load(folder / result["checkpoint"], weights_only=False)["callbacks"]["TrainingTime"]
+    assert result["training_seconds"] >= saved["time_elapsed"]["train"] > 0
 
     main(arguments)
     assert StopOnce.epochs == [0, 1, 2, 2]
@@ -117,6 +110,11 @@ def test_an_interrupted_call_continues_and_a_finished_one_is_skipped(
         main([*arguments, "--model.depth", "1"])
     with pytest.raises(ValueError, match="nothing: no such folder"):
         main([*arguments, "--categories", "nothing"])
+
+    # what is reported are the weights after the last epoch, not those that the second call began with
+    main([*arguments, "--output", str(tmp_path / "uninterrupted")])
+    whole = json.loads((tmp_path / "uninterrupted" / folder.relative_to(tmp_path) / "result.json").read_text())
+    assert result["metrics"] == pytest.approx(whole["metrics"], abs=1e-4)
 
 
 def test_a_row_starts_from_the_row_before(root: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ class MixedBenchmark(Benchmark):
     def _setup_runners(args: dict) -> list[Runner]:
         runners = Benchmark._setup_runners(args)
         for runner in runners:
+            assert isinstance(runner.generator, BenchmarkJobGenerator)
             runner.generator = _MixedGenerator(runner.generator.accelerator)
         return runners
 

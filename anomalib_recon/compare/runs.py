@@ -7,11 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from anomalib.deploy import ExportType
 from anomalib.models import AnomalibModule
+from anomalib.post_processing import PostProcessor
 
 from anomalib_recon.metrics import RawScoreEvaluator
 from anomalib_recon.reproduce.training import (
@@ -85,7 +86,7 @@ class Run:
     def _measure(self, trained: Trained) -> dict[str, Any]:
         scores, maps, masks = score(trained)  # before the test, which takes the training's data from the trainer
         [metrics] = trained.engine.test(trained.model, datamodule=trained.datamodule)
-        threshold = trained.model.post_processor.image_threshold.item()
+        threshold = cast("PostProcessor", trained.model.post_processor).image_threshold.item()
         write_whole(self.folder / "scores.npz", scores.to_bytes())
         write_whole(self.folder / "cases.png", cases(scores, maps, masks, threshold))
         device = trained.engine.trainer.strategy.root_device

@@ -65,14 +65,20 @@ def score(trained: Trained) -> tuple[Scores, torch.Tensor, torch.Tensor]:
     """
     trainer = trained.engine.trainer
     trained.model.to(trainer.strategy.root_device)
-    paths, labels, scores, maps, masks = [], [], [], [], []
+    paths: list[str] = []
+    labels: list[bool] = []
+    scores: list[float] = []
+    maps, masks = [], []
     for batch in score_images(trainer, trained.model, trained.datamodule.test_data):
+        assert batch.image_path is not None
+        assert batch.gt_label is not None
+        assert batch.pred_score is not None
         paths += [str(path) for path in batch.image_path]
         labels += batch.gt_label.tolist()
         scores += batch.pred_score.flatten().double().tolist()
         maps.append(_as_picture(batch.anomaly_map, len(batch.image_path)))
         masks.append(_as_picture(batch.gt_mask, len(batch.image_path)))
-    return Scores(paths, np.array(labels, dtype=bool), np.array(scores)), torch.cat(maps), torch.cat(masks)
+    return Scores(paths, np.array(labels, dtype=np.bool_), np.array(scores)), torch.cat(maps), torch.cat(masks)
 
 
 def _as_picture(values: torch.Tensor | None, batch_size: int) -> torch.Tensor:

@@ -4,11 +4,15 @@ import json
 import re
 from pathlib import Path
 
+import anomalib.models
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
 from anomalib.cli.cli import AnomalibCLI
+from anomalib.data import get_datamodule
+from anomalib.models import AnomalibModule, get_model
+from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
 from PIL import Image
 from sklearn.metrics import f1_score, roc_auc_score
 
@@ -123,3 +127,13 @@ def test_anomalib_reads_the_configs_of_the_demo(tmp_path: Path) -> None:
     for run in read_runs(config_path("compare/demo.yaml"), tmp_path):
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(run.config))
         AnomalibCLI(["train", "--config", str(tmp_path / "config.yaml")], run=False)
+
+
+def test_anomalib_knows_the_models_of_the_configs(tmp_path: Path) -> None:
+    for run in read_runs(config_path("compare/folder.yaml"), tmp_path):
+        assert issubclass(getattr(anomalib.models, run.config["model"]["class_path"]), AnomalibModule)
+    benchmark = yaml.safe_load(config_path("compare/benchmark.yaml").read_text())["benchmark"]
+    jobs = [(get_model(job["model"]), get_datamodule(job["data"])) for job in get_iterator_from_grid_dict(benchmark)]
+    assert [(type(model).__name__, data.category) for model, data in jobs] == [
+        ("InTra", "grid"), ("InTra", "plate"), ("Padim", "grid"), ("Padim", "plate"),
+    ]  # fmt: skip

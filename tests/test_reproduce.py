@@ -170,3 +170,6 @@ def test_the_reported_mean_is_taken_when_all_categories_are_there() -> None:
     results.popitem()
     lines = summarise(table, results).set_index(["metric", "category"])
     assert np.isnan(lines.loc[("pixel_AUROC", "mean of all (14 of 15)"), "paper"])
+    assert "Missing of ADTR: zipper." in markdown(table, results)
+    assert "Missing of ADTR+: all categories." in markdown(table, results)
+    assert "Missing of ADTR: all categories." in markdown(table, {})

@@ -21,7 +21,7 @@ class Dataset:
         class_path (str): Its datamodule.
         category_argument (str): Argument of ``anomalib train`` that names the category.
         root (str): Where its data lie unless told otherwise.
-        groups (Mapping[str, tuple[str, ...]]): Categories that the papers average over, besides all of them.
+        groups (Mapping[str, tuple[str, ...]]): Categories that the papers average over; together they are all.
         is_downloaded (bool): Whether the datamodule makes all categories available, wherever it is used.
     """
 
@@ -55,7 +55,7 @@ DATASETS = {
         category_argument="data.normal_class",
         root="datasets/CIFAR",
         groups={
-            "classes": (
+            ALL: (
                 "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
             ),
         },

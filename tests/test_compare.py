@@ -98,6 +98,11 @@ def test_what_is_finished_is_not_done_again(arguments: list[str], output: Path, 
         main([*arguments, "--data.train_batch_size", "2"])
 
 
+def test_several_devices_are_refused(arguments: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--trainer\.devices 2: models are compared on one device"):
+        main([*arguments, "--output", str(tmp_path), "--trainer.devices", "2"])
+
+
 def test_a_model_without_export_is_reported(arguments: list[str], output: Path, folder: Path) -> None:
     text = (folder / "result.json").read_text()
     (folder / "result.json").write_text(json.dumps(json.loads(text) | {"openvino_ms": None, "openvino_mb": None}))

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
+from anomalib.cli.cli import AnomalibCLI
 from anomalib.deploy import ExportType
-from anomalib.models import AnomalibModule
 from anomalib.post_processing import PostProcessor
 
 from anomalib_recon.metrics import RawScoreEvaluator
@@ -101,9 +101,13 @@ class Run:
         }
 
 
-def _prepare(model: AnomalibModule) -> None:
-    model.evaluator = RawScoreEvaluator()
-    model.visualizer = None  # the report has its own pictures
+def _prepare(cli: AnomalibCLI) -> None:
+    devices = cli.config["train"]["trainer"]["devices"]
+    if str(devices) != "1" and not (isinstance(devices, list) and len(devices) == 1):
+        msg = f"--trainer.devices {devices}: models are compared on one device; name one, such as [0]."
+        raise ValueError(msg)
+    cli.model.evaluator = RawScoreEvaluator()
+    cli.model.visualizer = None  # the report has its own pictures
 
 
 def _measure_export(trained: Trained, folder: Path, paths: Sequence[str]) -> dict[str, float | None]:

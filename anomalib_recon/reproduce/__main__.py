@@ -4,8 +4,9 @@
 
 An interrupted call continues: what is finished is not trained again, and an interrupted training goes on from its last
 whole epoch. Several calls may work on different --categories at a time; each rewrites the table from all results.
-Further arguments are those of `anomalib train` and hold for every training, such as --trainer.devices 2
---trainer.strategy ddp, --trainer.precision bf16-mixed or --model.backbone_weights FILE.
+Further arguments are those of `anomalib train` and hold for every training, such as --trainer.precision bf16-mixed or
+--model.backbone_weights FILE. One device is used unless --trainer.devices 2 --trainer.strategy ddp or the like says
+otherwise; several multiply the batch size, but for InTra.
 """
 
 import argparse
@@ -84,6 +85,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
     Args:
         args (Sequence[str] | None): Command-line arguments; those of the process by default.
+
+    Raises:
+        ValueError: If there is nothing to train, or ``--output`` holds trainings with other settings.
     """
     options, further = build_parser().parse_known_args(args)
     table = read_table(options.table)

@@ -45,25 +45,26 @@ class Trained:
 
 
 def train(
-    arguments: Sequence[str], folder: Path, seed: int, prepare: Callable[[AnomalibModule], None] | None = None
+    arguments: Sequence[str], folder: Path, seed: int, prepare: Callable[[AnomalibCLI], None] | None = None
 ) -> Trained:
-    """Train a model, from the last checkpoint in a folder if there is one.
+    """Train a model, from the last checkpoint in a folder if there is one, on one device unless told otherwise.
 
     Args:
         arguments (Sequence[str]): Arguments of ``anomalib train`` for model, data and trainer.
         folder (Path): Folder of this training alone.
         seed (int): Seed of all random numbers.
-        prepare (Callable[[AnomalibModule], None] | None): Called with the model before the training.
-            Defaults to ``None``.
+        prepare (Callable[[AnomalibCLI], None] | None): Called with the parsed arguments and the model before the
+            training. Defaults to ``None``.
 
     Returns:
         Trained: The model, ready to be tested.
     """
     seed_everything(seed)  # `anomalib train` does not, whatever its argument of that name says
     timer = f"--trainer.callbacks+={TrainingTime.__module__}.{TrainingTime.__qualname__}"
-    cli = AnomalibCLI(["train", *arguments, timer, "--default_root_dir", str(folder)], run=False)
+    common = ["--trainer.devices=1", timer]  # several devices would multiply the batch size
+    cli = AnomalibCLI(["train", *common, *arguments, "--default_root_dir", str(folder)], run=False)
     if prepare:
-        prepare(cli.model)
+        prepare(cli)
     checkpoint = max(folder.rglob("*.ckpt"), key=os.path.getmtime, default=None)
     # `anomalib train --ckpt_path` would test that checkpoint in the end, and not what has become of it
     cli.engine.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)

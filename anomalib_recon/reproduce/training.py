@@ -61,8 +61,8 @@ def train(
     """
     seed_everything(seed)  # `anomalib train` does not, whatever its argument of that name says
     timer = f"--trainer.callbacks+={TrainingTime.__module__}.{TrainingTime.__qualname__}"
-    common = ["--trainer.devices=1", timer]  # several devices would multiply the batch size
-    cli = AnomalibCLI(["train", *common, *arguments, "--default_root_dir", str(folder)], run=False)
+    one_device = "--trainer.devices=1"  # several would multiply the batch size
+    cli = AnomalibCLI(["train", one_device, *arguments, timer, "--default_root_dir", str(folder)], run=False)
     if prepare:
         prepare(cli)
     checkpoint = max(folder.rglob("*.ckpt"), key=os.path.getmtime, default=None)
@@ -112,7 +112,8 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         ValueError: If the folder holds a run with other settings.
     """
     earlier = read_json(folder / "settings.json")
-    if earlier is not None and earlier != json.loads(json.dumps(settings)):
+    is_begun = any(folder.rglob("*.ckpt"))  # a run that failed at once, by a mistyped argument, may be corrected
+    if earlier is not None and is_begun and earlier != json.loads(json.dumps(settings)):
         different = sorted(key for key in settings if earlier.get(key) != settings[key])
         msg = (
             f"{folder} holds a run with other settings ({', '.join(different)}; see its settings.json): "

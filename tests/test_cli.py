@@ -12,11 +12,11 @@ import pytest
 import yaml
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
-from anomalib.pipelines.benchmark import Benchmark
 from anomalib.pipelines.tiled_ensemble import EvalTiledEnsemble, TrainTiledEnsemble
 from jsonargparse import Namespace
 from sklearn.metrics import roc_auc_score
 
+from anomalib_recon.compare.benchmark import MixedBenchmark
 from anomalib_recon.models import InTra
 from tests.conftest import write_stripes
 
@@ -57,19 +57,20 @@ def test_train_predict_and_export_from_the_command_line(stripes: Path, tmp_path:
     assert (tmp_path / "exported" / "weights" / "openvino" / "model.xml").exists()
 
 
-def test_benchmark_finds_our_models_and_reports_our_metrics(
+def test_benchmark_compares_our_models_with_built_in_ones(
     stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config = {
-        "accelerator": "cpu",
-        "benchmark": {"seed": 1, "model": {"class_path": "InTra", "init_args": SHORT}, "data": data_config(stripes)},
-    }
+    padim = {"backbone": "resnet18", "layers": ["layer1"], "pre_trained": False, "n_features": 20}
+    models = [{"class_path": "Padim", "init_args": padim}, {"class_path": "InTra", "init_args": SHORT}]
+    config = {"accelerator": "cpu", "benchmark": {"seed": 1, "model": {"grid": models}, "data": data_config(stripes)}}
     (tmp_path / "benchmark.yaml").write_text(yaml.safe_dump(config))
-    Benchmark().run(Namespace(config=tmp_path / "benchmark.yaml"))
-    row = pd.read_csv(next((tmp_path / "runs").rglob("results.csv"))).iloc[0]
-    for name in ("image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixel_AUPRO"):
-        assert 0 <= row[name] <= 1
+    MixedBenchmark().run(Namespace(config=tmp_path / "benchmark.yaml"))
+    results = pd.read_csv(next((tmp_path / "runs").rglob("results.csv"))).set_index("model.class_path")
+    assert list(results.index) == ["Padim", "InTra"]
+    for name in ("image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score"):
+        assert results[name].between(0, 1).all()
+    assert 0 <= results.loc["InTra", "pixel_AUPRO"] <= 1
 
 
 class SmallInTra(InTra):

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Pictures of a comparison, as PNG files in memory."""
+
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from anomalib.data.utils import read_image
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
+from sklearn.metrics import roc_curve
+from torch.nn.functional import interpolate
+
+from .scores import PICTURE_SIZE, Scores
+
+GOOD, DEFECTIVE, GREY = "#4c78a8", "#e4572e", "#667085"
+COLOURS = colormaps["tab10"].colors  # type: ignore[attr-defined]
+MARKERS = "osD^vPX*"
+CASES_PER_KIND = 2
+
+
+def png(figure: Figure, dpi: int = 130) -> bytes:
+    """A figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def _clean(axis: Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8, colors=GREY)
+
+
+def histograms(scores: Mapping[str, Scores], thresholds: Mapping[str, float]) -> bytes:
+    """Distribution of the scores of good and of defective images, with the threshold, a panel for each model."""
+    columns = min(3, len(scores))
+    rows = -(-len(scores) // columns)
+    figure = Figure(figsize=(3.4 * columns, 2.3 * rows + 0.3), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for panel in panels[len(scores) :]:
+        panel.remove()
+    for panel, (model, values) in zip(panels, scores.items(), strict=False):
+        edges = np.histogram_bin_edges(values.scores, bins=24)
+        for label, is_defective, colour in (("good", False, GOOD), ("defective", True, DEFECTIVE)):
+            chosen = values.scores[values.labels == is_defective]
+            panel.hist(chosen, edges, color=colour, alpha=0.6, label=label)
+        panel.axvline(thresholds[model], color="black", linestyle="--", linewidth=1, label="threshold")
+        panel.set_title(model, fontsize=10)
+        panel.set_xlabel("raw score", fontsize=8, color=GREY)
+        _clean(panel)
+    panels[0].set_ylabel("images", fontsize=8, color=GREY)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False
+    )
+    return png(figure)
+
+
+def roc_curves(scores: Mapping[str, Scores]) -> bytes:
+    """ROC curves of the images, all models in one panel."""
+    figure = Figure(figsize=(5, 3.8), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1], color="#d0d5dd", linewidth=1)
+    for colour, (model, values) in zip(COLOURS, scores.items(), strict=False):
+        false_positive_rate, true_positive_rate, _ = roc_curve(values.labels, values.scores, drop_intermediate=False)
+        axis.plot(false_positive_rate, true_positive_rate, color=colour, label=model)
+    axis.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+    axis.set_xlabel("good images called defective", fontsize=9)
+    axis.set_ylabel("defective images found", fontsize=9)
+    axis.legend(fontsize=8, frameon=False, loc="lower right")
+    _clean(axis)
+    return png(figure)
+
+
+def speed_against_accuracy(results: pd.DataFrame) -> bytes:
+    """Image AUROC over the time for one image: a colour for each model, a marker for each data set.
+
+    Args:
+        results (pd.DataFrame): With ``model``, ``data``, ``image_AUROC``, ``openvino_ms`` and ``torch_ms``.
+
+    Returns:
+        bytes: PNG file. The time is that of OpenVINO, or of torch where there is no export (hollow markers).
+    """
+    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+    axis = figure.subplots()
+    datasets = list(results["data"].unique())
+    for colour, (model, rows) in zip(COLOURS, results.groupby("model", sort=False), strict=False):
+        for row in rows.itertuples():
+            is_exported = pd.notna(row.openvino_ms)
+            axis.scatter(
+                row.openvino_ms if is_exported else row.torch_ms,
+                row.image_AUROC,
+                s=55,
+                marker=MARKERS[datasets.index(row.data) % len(MARKERS)],
+                edgecolors=[colour],
+                facecolors=[colour] if is_exported else "none",
+            )
+        axis.scatter([], [], color=[colour], label=model)
+    for index, name in enumerate(datasets if len(datasets) > 1 else ()):
+        axis.scatter([], [], color=GREY, marker=MARKERS[index % len(MARKERS)], label=name)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(LogFormatter(labelOnlyBase=False))
+    axis.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
+    axis.set_ylim(min(results["image_AUROC"].min() - 0.02, 0.9), 1.005)
+    axis.grid(color="#eaecf0", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.set_xlabel("milliseconds per image", fontsize=9)
+    axis.set_ylabel("image AUROC", fontsize=9)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    _clean(axis)
+    axis.tick_params(axis="x", which="minor", labelsize=8, labelcolor=GREY)
+    return png(figure)
+
+
+def chosen_cases(scores: Scores) -> list[tuple[str, int]]:
+    """Indices of the clearest and the hardest images, by their scores, each with what it is."""
+    order = np.argsort(scores.scores, kind="stable")
+    good = [index for index in order if not scores.labels[index]]
+    defective = [index for index in order if scores.labels[index]]
+    kinds: Sequence[tuple[str, Sequence[int]]] = (
+        ("defective, highest scores", defective[::-1]),
+        ("defective, lowest scores", defective),
+        ("good, highest scores", good[::-1]),
+        ("good, lowest scores", good),
+    )
+    return [(kind, index) for kind, indices in kinds for index in indices[:CASES_PER_KIND]]
+
+
+def cases(scores: Scores, maps: torch.Tensor, masks: torch.Tensor, threshold: float) -> bytes:
+    """Contact sheet of the best and worst cases of a model: image, ground truth and anomaly map with score.
+
+    Args:
+        scores (Scores): Scores of N test images.
+        maps (torch.Tensor): Raw anomaly maps, (N, H, W).
+        masks (torch.Tensor): Ground truth masks, (N, H, W).
+        threshold (float): Image threshold.
+
+    Returns:
+        bytes: PNG file. All maps share one scale, from the lowest to the highest value of those shown.
+    """
+    chosen = chosen_cases(scores)
+    indices = [index for _, index in chosen]
+    low, high = maps[indices].min().item(), maps[indices].max().item()
+    figure = Figure(figsize=(1.35 * len(chosen), 4.5), layout="constrained")
+    panels = figure.subplots(3, len(chosen), squeeze=False)
+    for column, (kind, index) in enumerate(chosen):
+        image = read_image(scores.paths[index], as_tensor=True)
+        assert isinstance(image, torch.Tensor)
+        [picture] = interpolate(image[None], (PICTURE_SIZE, PICTURE_SIZE), mode="bilinear", antialias=True)
+        panels[0, column].imshow(picture.permute(1, 2, 0).clip(0, 1))
+        panels[1, column].imshow(masks[index], cmap="gray", vmin=0, vmax=1)
+        panels[2, column].imshow(maps[index], cmap="inferno", vmin=low, vmax=high)
+        is_right = (scores.scores[index] > threshold) == scores.labels[index]
+        verdict = f"{scores.scores[index]:.3g} {'right' if is_right else 'wrong'}"
+        panels[2, column].set_xlabel(verdict, fontsize=8, color="black" if is_right else DEFECTIVE)
+        if column == 0 or chosen[column - 1][0] != kind:
+            panels[0, column].set_title(kind.replace(", ", ",\n"), fontsize=8, loc="left")
+    for row, name in zip(panels, ("image", "ground truth", "anomaly map"), strict=True):
+        row[0].set_ylabel(name, fontsize=8)
+    for panel in panels.flatten():
+        panel.set(xticks=[], yticks=[])
+        panel.spines[:].set_visible(False)
+    return png(figure)

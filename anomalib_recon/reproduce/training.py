@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Trainings that leave their result in a folder, and go on where they were interrupted."""
+
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.cli.cli import AnomalibCLI
+from anomalib.data import AnomalibDataModule
+from anomalib.engine import Engine
+from anomalib.models import AnomalibModule
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class TrainingTime(Timer):
+    """Time of a training, whose interrupted parts count as far as they are in the checkpoint."""
+
+    def __init__(self) -> None:  # Lightning cannot write Timer's own arguments to the config that it saves
+        super().__init__()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model.
+
+    Attributes:
+        engine (Engine): Engine that has trained it.
+        model (AnomalibModule): The model.
+        datamodule (AnomalibDataModule): Its data.
+        seconds (float): Time of training.
+    """
+
+    engine: Engine
+    model: AnomalibModule
+    datamodule: AnomalibDataModule
+    seconds: float
+
+
+def train(
+    arguments: Sequence[str], folder: Path, seed: int, prepare: Callable[[AnomalibCLI], None] | None = None
+) -> Trained:
+    """Train a model, from the last checkpoint in a folder if there is one, on one device unless told otherwise.
+
+    Args:
+        arguments (Sequence[str]): Arguments of ``anomalib train`` for model, data and trainer.
+        folder (Path): Folder of this training alone.
+        seed (int): Seed of all random numbers.
+        prepare (Callable[[AnomalibCLI], None] | None): Called with the parsed arguments and the model before the
+            training. Defaults to ``None``.
+
+    Returns:
+        Trained: The model, ready to be tested.
+    """
+    seed_everything(seed)  # `anomalib train` does not, whatever its argument of that name says
+    timer = f"--trainer.callbacks+={TrainingTime.__module__}.{TrainingTime.__qualname__}"
+    one_device = "--trainer.devices=1"  # several would multiply the batch size
+    cli = AnomalibCLI(["train", one_device, *arguments, timer, "--default_root_dir", str(folder)], run=False)
+    if prepare:
+        prepare(cli)
+    checkpoint = max(folder.rglob("*.ckpt"), key=os.path.getmtime, default=None)
+    # `anomalib train --ckpt_path` would test that checkpoint in the end, and not what has become of it
+    cli.engine.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
+    callbacks = cli.engine.trainer.callbacks  # type: ignore[attr-defined]
+    [time] = (callback.time_elapsed() for callback in callbacks if isinstance(callback, TrainingTime))
+    return Trained(cli.engine, cli.model, cli.datamodule, time)
+
+
+def hardware(trainer: Trainer) -> str:
+    """What a trainer runs on, in words."""
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        return f"{trainer.world_size} x {torch.cuda.get_device_name(device)}"
+    return f"{platform.machine()}, {os.cpu_count()} cores"
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Read a file written by :func:`write_json`, or ``None`` if there is none."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+@rank_zero_only
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    write_whole(path, json.dumps(content, indent=2).encode())
+
+
+@rank_zero_only
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, and its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.part{os.getpid()}")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse to continue or to reuse a run that was started with other settings.
+
+    Args:
+        folder (Path): Folder of the run.
+        settings (Mapping[str, Any]): All that its result depends on, as plain data.
+
+    Raises:
+        ValueError: If the folder holds a run with other settings.
+    """
+    earlier = read_json(folder / "settings.json")
+    is_begun = any(folder.rglob("*.ckpt"))  # a run that failed at once, by a mistyped argument, may be corrected
+    if earlier is not None and is_begun and earlier != json.loads(json.dumps(settings)):
+        different = sorted(key for key in settings if earlier.get(key) != settings[key])
+        msg = (
+            f"{folder} holds a run with other settings ({', '.join(different)}; see its settings.json): "
+            "choose another --output, or remove that folder."
+        )
+        raise ValueError(msg)

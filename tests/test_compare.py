@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+
+import json
+import re
+from pathlib import Path
+
+import anomalib.models
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from anomalib.cli.cli import AnomalibCLI
+from anomalib.data import get_datamodule
+from anomalib.models import AnomalibModule, get_model
+from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
+from PIL import Image
+from sklearn.metrics import f1_score, roc_auc_score
+
+from anomalib_recon.compare.__main__ import main
+from anomalib_recon.compare.plots import chosen_cases
+from anomalib_recon.compare.runs import read_runs
+from anomalib_recon.compare.scores import Scores
+from anomalib_recon.quickstart import config_path
+
+SMALL = {
+    "image_size": 64, "patch_size": 8, "window_size": 5, "embed_dim": 16, "depth": 2, "num_heads": 2,
+    "windows_per_image": 10,
+}  # fmt: skip
+COMMON = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+
+
+@pytest.fixture(scope="module")
+def arguments(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments of a comparison of two models, one of which has been trained."""
+    folder = tmp_path_factory.mktemp("compare")
+    intra = {"class_path": "InTra", "init_args": SMALL}
+    data = {"root": str(stripes), "category": "stripes", "eval_batch_size": 4, "num_workers": 0}
+    config = {
+        "models": {
+            "small InTra <1>": {"model": intra, "trainer": {"max_epochs": 1}},
+            "other": {"model": intra, "trainer": {"max_epochs": 2}},
+        },
+        "datasets": {"stripes": {"class_path": "MVTecAD", "init_args": data}},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["--config", str(folder / "config.yaml"), "--output", str(folder / "output"), *COMMON]
+    main([*arguments, "--models", "small InTra <1>"])
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def output(arguments: list[str]) -> Path:
+    return Path(arguments[3])
+
+
+@pytest.fixture(scope="module")
+def folder(output: Path) -> Path:
+    return output / "stripes" / "small_InTra_1_"
+
+
+def test_results_are_those_of_scikit_learn_on_the_saved_scores(output: Path, folder: Path) -> None:
+    [line] = pd.read_csv(output / "results.csv").to_dict("records")
+    scores = Scores.read(folder / "scores.npz")
+    assert [Path(path).parent.name == "hole" for path in scores.paths] == scores.labels.tolist()
+    assert line["image_AUROC"] == pytest.approx(roc_auc_score(scores.labels, scores.scores), abs=1e-6)
+    expected_f1 = f1_score(scores.labels, scores.scores > line["threshold"])
+    assert line["image_F1Score"] == pytest.approx(expected_f1, abs=1e-6)
+    exported = folder / "weights" / "openvino"
+    size = sum((exported / name).stat().st_size for name in ("model.xml", "model.bin"))
+    assert line["openvino_mb"] == pytest.approx(size / 1e6)
+    assert min(line["torch_ms"], line["openvino_ms"], line["training_seconds"]) > 0
+    assert 0 <= line["pixel_AUROC"] <= 1
+    assert 0 <= line["pixel_AUPRO"] <= 1
+
+
+def test_the_report_stands_alone(output: Path, folder: Path) -> None:
+    html = (output / "report.html").read_text()
+    assert "small InTra &lt;1&gt;" in html
+    assert "Not finished yet: other on stripes." in html
+    links = re.findall(r"""(?:src|href|url\()\s*=?\s*["']?([^"'\s>)]+)""", html)
+    assert len(links) == 4  # speed, histograms, ROC curves, cases
+    assert all(link.startswith("data:image/png;base64,") for link in links)
+    text = re.sub(r"data:image/png;base64,[\w+/=]+", "", html)
+    assert not re.search("//|@import|<script|<link", text)
+    for path in (output / "speed.png", output / "stripes-scores.png", output / "stripes-roc.png", folder / "cases.png"):
+        with Image.open(path) as picture:
+            picture.verify()
+    assert not list(output.rglob("*.part*"))
+
+
+def test_what_is_finished_is_not_done_again(arguments: list[str], output: Path, folder: Path) -> None:
+    before = (folder / "result.json").stat().st_mtime_ns
+    (output / "report.html").unlink()
+    main([*arguments, "--models", "small InTra <1>"])
+    assert (folder / "result.json").stat().st_mtime_ns == before
+    assert (output / "report.html").exists()
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(arguments"):
+        main([*arguments, "--data.train_batch_size", "2"])
+
+
+def test_several_devices_are_refused(arguments: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--trainer\.devices 2: models are compared on one device"):
+        main([*arguments, "--output", str(tmp_path), "--trainer.devices", "2"])
+    for run in read_runs(Path(arguments[1]), tmp_path):
+        run.check()  # nothing has begun, so nothing keeps the call from being corrected
+
+
+def test_a_model_without_export_is_reported(arguments: list[str], output: Path, folder: Path) -> None:
+    text = (folder / "result.json").read_text()
+    (folder / "result.json").write_text(json.dumps(json.loads(text) | {"openvino_ms": None, "openvino_mb": None}))
+    main([*arguments, "--only_report"])
+    (folder / "result.json").write_text(text)
+    assert np.isnan(pd.read_csv(output / "results.csv")["openvino_ms"].item())
+
+
+def test_the_clearest_and_the_hardest_cases_are_shown() -> None:
+    labels = np.array([0, 1, 0, 1, 0, 1], dtype=bool)
+    scores = Scores([""] * 6, labels, np.array([0.3, 0.9, 0.8, 0.1, 0.2, 0.7]))
+    assert chosen_cases(scores) == [
+        ("defective, highest scores", 1), ("defective, highest scores", 5),
+        ("defective, lowest scores", 3), ("defective, lowest scores", 5),
+        ("good, highest scores", 2), ("good, highest scores", 0),
+        ("good, lowest scores", 4), ("good, lowest scores", 0),
+    ]  # fmt: skip
+
+
+def test_a_comparison_without_models_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("datasets: {a: {class_path: DemoAD}}")
+    with pytest.raises(ValueError, match="has no models"):
+        read_runs(tmp_path / "config.yaml", tmp_path)
+
+
+def test_anomalib_reads_the_configs_of_the_demo(tmp_path: Path) -> None:
+    for run in read_runs(config_path("compare/demo.yaml"), tmp_path):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(run.config))
+        AnomalibCLI(["train", "--config", str(tmp_path / "config.yaml")], run=False)
+
+
+def test_anomalib_knows_the_models_of_the_configs(tmp_path: Path) -> None:
+    for run in read_runs(config_path("compare/folder.yaml"), tmp_path):
+        assert issubclass(getattr(anomalib.models, run.config["model"]["class_path"]), AnomalibModule)
+    benchmark = yaml.safe_load(config_path("compare/benchmark.yaml").read_text())["benchmark"]
+    jobs = [(get_model(job["model"]), get_datamodule(job["data"])) for job in get_iterator_from_grid_dict(benchmark)]
+    assert [(type(model).__name__, data.category) for model, data in jobs] == [
+        ("InTra", "grid"), ("InTra", "plate"), ("Padim", "grid"), ("Padim", "plate"),
+    ]  # fmt: skip

@@ -17,12 +17,14 @@ from typing import cast
 import numpy as np
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.deploy import OpenVINOInferencer
+from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from anomalib_recon.data import DemoAD
 from anomalib_recon.visualization import ReconstructionVisualizer
 
+SEED = 0
 PICTURES_PER_TYPE = 2
 
 
@@ -84,6 +86,7 @@ def main(args: Sequence[str] = ()) -> dict[str, float]:
         dict[str, float]: Test metrics.
     """
     start = time.monotonic()
+    seed_everything(SEED)  # `anomalib train` reads an argument of this name and does nothing with it
     training = run("train", "--config", str(config_path("quickstart/intra.yaml")), *args)
     trainer = training.engine.trainer
     folder = Path(trainer.default_root_dir)

@@ -157,7 +157,7 @@ def test_images_are_needed_in_the_first_epoch_only(
 @pytest.mark.parametrize("labels", ["pixel", "image"])
 def test_anomalies_are_learned_from_the_cache(stripes: Path, tmp_path: Path, labels: str) -> None:
     train(build(ADTR), data(stripes), tmp_path, max_epochs=1)
-    arguments = {"labels": labels, "alpha": 1.0, "normal_checkpoint": next(tmp_path.rglob("model.ckpt"))}
+    arguments = {"labels": labels, "alpha": 1.0, "top_k": 4, "normal_checkpoint": next(tmp_path.rglob("model.ckpt"))}
     weights, _ = train(build(ADTR, **arguments, feature_cache_gib=0), labelled_data(stripes), tmp_path)
     same, watch = train(build(ADTR, **arguments), labelled_data(stripes), tmp_path)
     assert all(watch.cached)

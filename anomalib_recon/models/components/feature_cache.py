@@ -14,6 +14,7 @@ while without the cache it depends on whether the image is in an epoch's smaller
 import logging
 import math
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from mmap import mmap
@@ -88,6 +89,7 @@ class FeatureCache(Callback):
             logger.info("Features are computed anew in each epoch: %s.", obstacle)
             return
         self._datamodule, self._kept = datamodule, kept
+        warnings.filterwarnings("ignore", "The 'train_dataloader' does not have many workers")
         # a dataset of indices: no worker process has to load or to pass on anything
         datamodule.train_dataloader = lambda: DataLoader(
             range(len(loader.dataset)),  # type: ignore[arg-type]

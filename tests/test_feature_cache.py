@@ -204,7 +204,7 @@ def test_a_second_fit_sees_new_images(stripes: Path, tmp_path: Path) -> None:
 
 FLIP = RandomHorizontalFlip()
 SIZE = Resize((32, 32), antialias=True)
-AUGMENTED = "the training images have other augmentations than a resize to a fixed height and width"
+AUGMENTED = "the training images are not only resized to a fixed height and width"
 
 
 @pytest.mark.parametrize(

@@ -199,5 +199,5 @@ def _find_obstacle(trainer: Trainer, datamodule: Any, module: Any) -> str | None
     if augmentations is None or not all(
         isinstance(part, Resize | CenterCrop) and len(part.size or ()) == 2 for part in transforms
     ):
-        return "the training images have other augmentations than a resize to a fixed height and width"
+        return "the training images are not only resized to a fixed height and width"
     return None

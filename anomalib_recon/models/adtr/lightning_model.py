@@ -38,7 +38,9 @@ from torchvision.transforms.v2 import Resize
 from anomalib_recon.metrics import RawScoreEvaluator
 from anomalib_recon.models.components import (
     BackboneInCheckpoint,
+    CachedBatch,
     CurrentOpsetExport,
+    FeatureCache,
     RandomState,
     ValidationAtEnd,
     check_training_files,
@@ -128,6 +130,11 @@ class ADTR(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
             Defaults to ``1e-4``.
         lr_drop_epoch (int): Epoch after which the learning rate is a tenth.
             Defaults to ``400``.
+        feature_cache_gib (float): Features of the training images are computed in the first epoch and kept, in up to so
+            many GiB of memory a process; more are in a temporary file in the trainer's ``default_root_dir``. 0 computes
+            them anew in each epoch, as confetti and augmentations do on their own: choose 0 if a callback or a dataset
+            of yours changes training images at random.
+            Defaults to ``2.0``.
         pre_processor (PreProcessor | bool): Pre-processor.
             Defaults to ``True``.
         post_processor (PostProcessor | bool): Post-processor.
@@ -167,6 +174,7 @@ class ADTR(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         learning_rate: float = 1e-4,
         weight_decay: float = 1e-4,
         lr_drop_epoch: int = 400,
+        feature_cache_gib: float = 2.0,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -221,6 +229,7 @@ class ADTR(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.lr_drop_epoch = lr_drop_epoch
+        self._feature_cache = FeatureCache(feature_cache_gib, "confetti is drawn on images" if confetti else None)
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LRScheduler]]:
         """AdamW, and a tenth of the learning rate after ``lr_drop_epoch`` epochs (section 4.2)."""
@@ -229,8 +238,9 @@ class ADTR(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         return [optimizer], [torch.optim.lr_scheduler.MultiStepLR(optimizer, [self.lr_drop_epoch])]
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Anomalib's components, validation at the end, and random numbers that a resumed run continues."""
-        return [*cast("Sequence[Callback]", super().configure_callbacks()), ValidationAtEnd(), RandomState()]
+        """Anomalib's components, validation at the end, features computed once, and random numbers of a resumed run."""
+        callbacks = cast("Sequence[Callback]", super().configure_callbacks())
+        return [*callbacks, ValidationAtEnd(), self._feature_cache, RandomState()]
 
     def setup(self, stage: str) -> None:
         """Look at the training data before a long training.
@@ -256,11 +266,25 @@ class ADTR(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         if self.labels and self.trainer.ckpt_path is None:
             self._load_normal_checkpoint()
 
-    def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+    def features_and_targets(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Compute what the loss needs of a training batch.
+
+        Args:
+            batch (Batch): Batch of B pre-processed images.
+
+        Returns:
+            tuple[Tensor, ...]: Features of shape ``(B, C, h, w)``, followed by masks of shape ``(B, H, W)`` for
+            ``labels="pixel"``, or by labels of shape ``(B,)`` for ``labels="image"``.
+        """
+        images, masks, labels = self._anomalies(batch)
+        targets = {None: (), "pixel": (masks,), "image": (labels,)}[self.labels]
+        return self.model.extract_features(images), *targets
+
+    def training_step(self, batch: Batch | CachedBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Rebuild the features of a batch.
 
         Args:
-            batch (Batch): Batch of B pre-processed training images.
+            batch (Batch | CachedBatch): Batch of B pre-processed training images, or their features and targets.
             *args (Any): Not used.
             **kwargs (Any): Not used.
 
@@ -268,13 +292,12 @@ class ADTR(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
             STEP_OUTPUT: The loss.
         """
         del args, kwargs
-        images, masks, labels = self._anomalies(batch)
-        features = self.model.extract_features(images)
+        inputs = batch.inputs if isinstance(batch, CachedBatch) else self.features_and_targets(batch)
+        features, *targets = inputs
         reconstruction = self.model.reconstruct(features).float()
-        targets = {None: (), "pixel": (masks,), "image": (labels,)}[self.labels]
         with torch.autocast(self.device.type, enabled=False):
             loss = self.loss(features, reconstruction, *targets)
-        self.log("train_loss", loss, prog_bar=True, on_epoch=True, batch_size=len(images))
+        self.log("train_loss", loss, prog_bar=True, on_epoch=True, batch_size=len(features))
         return loss
 
     def _anomalies(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

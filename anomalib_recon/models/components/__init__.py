@@ -6,14 +6,17 @@ from .backbone import BackboneNormalize, FrozenBackbone, create_backbone, stage_
 from .checkpoints import BackboneInCheckpoint, RandomState, refuse_other_networks
 from .deferred_validation import DeferredValidation, ValidationAtEnd, save_anew
 from .export import CurrentOpsetExport
+from .feature_cache import CachedBatch, FeatureCache
 from .image_size import refuse_normalize, resolve_image_size
 from .training_images import check_training_files, load_images, normal_training_set
 
 __all__ = [
     "BackboneInCheckpoint",
     "BackboneNormalize",
+    "CachedBatch",
     "CurrentOpsetExport",
     "DeferredValidation",
+    "FeatureCache",
     "FrozenBackbone",
     "RandomState",
     "ValidationAtEnd",

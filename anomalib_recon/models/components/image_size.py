@@ -52,14 +52,24 @@ def refuse_normalize(pre_processor: PreProcessor | bool) -> None:
     Raises:
         ValueError: If it holds a ``Normalize``.
     """
-    if any(isinstance(transform, Normalize) for transform in _flatten(getattr(pre_processor, "transform", None))):
+    if any(
+        isinstance(transform, Normalize) for transform in flatten_transform(getattr(pre_processor, "transform", None))
+    ):
         msg = "pre_processor must leave images in [0, 1], got one with Normalize; the model normalises itself."
         raise ValueError(msg)
 
 
-def _flatten(transform: Transform | None) -> Iterator[Transform]:
+def flatten_transform(transform: Transform | None) -> Iterator[Transform]:
+    """List the transforms of a composition.
+
+    Args:
+        transform (Transform | None): Transform, a nested composition, or none.
+
+    Yields:
+        Transform: The parts, in order.
+    """
     if isinstance(transform, Compose):
         for part in transform.transforms:
-            yield from _flatten(part)
+            yield from flatten_transform(part)
     elif transform is not None:
         yield transform

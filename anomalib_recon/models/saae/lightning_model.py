@@ -38,7 +38,9 @@ from tqdm.auto import tqdm
 from anomalib_recon.metrics import RawScoreEvaluator
 from anomalib_recon.models.components import (
     BackboneInCheckpoint,
+    CachedBatch,
     CurrentOpsetExport,
+    FeatureCache,
     RandomState,
     ValidationAtEnd,
     check_training_files,
@@ -120,6 +122,11 @@ class SAAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
             Defaults to ``"norm"``.
         learning_rate (float): Learning rate of Adam.
             Defaults to ``1e-4``.
+        feature_cache_gib (float): Features of the training images are computed in the first epoch and kept, in up to so
+            many GiB of memory a process; more are in a temporary file in the trainer's ``default_root_dir``. 0 computes
+            them anew in each epoch, as augmentations do on their own: choose 0 if a callback or a dataset of yours
+            changes training images at random.
+            Defaults to ``2.0``.
         pre_processor (PreProcessor | bool): Pre-processor; it must leave images in [0, 1].
             Defaults to ``True``.
         post_processor (PostProcessor | bool): Post-processor.
@@ -152,6 +159,7 @@ class SAAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         transformer: bool = True,
         distance: Distance = "norm",
         learning_rate: float = 1e-4,
+        feature_cache_gib: float = 2.0,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -196,6 +204,7 @@ class SAAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         self.explained_variance = explained_variance
         self.learning_rate = learning_rate
         self._given_latent_dim = latent_dim
+        self._feature_cache = FeatureCache(feature_cache_gib)
 
     def setup(self, stage: str) -> None:
         """Look at the image files and find the latent width before training.
@@ -258,14 +267,26 @@ class SAAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         return torch.optim.Adam(cast("torch.nn.Module", self.model.autoencoder).parameters(), lr=self.learning_rate)
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Anomalib's components, validation at the end, and random numbers that a resumed run continues."""
-        return [*cast("Sequence[Callback]", super().configure_callbacks()), ValidationAtEnd(), RandomState()]
+        """Anomalib's components, validation at the end, features computed once, and random numbers of a resumed run."""
+        callbacks = cast("Sequence[Callback]", super().configure_callbacks())
+        return [*callbacks, ValidationAtEnd(), self._feature_cache, RandomState()]
 
-    def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Tensor:
+    def features_and_targets(self, batch: Batch) -> tuple[Tensor]:
+        """Compute what the loss needs of a training batch; there are no targets.
+
+        Args:
+            batch (Batch): Batch of B pre-processed images.
+
+        Returns:
+            tuple[Tensor]: Features of shape ``(B, U, H_0, W_0)``.
+        """
+        return (self.model.extract_features(cast("Tensor", batch.image)),)
+
+    def training_step(self, batch: Batch | CachedBatch, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the loss of a batch of images.
 
         Args:
-            batch (Batch): Batch of pre-processed images.
+            batch (Batch | CachedBatch): Batch of pre-processed images, or their features.
             *args (Any): Not used.
             **kwargs (Any): Not used.
 
@@ -273,7 +294,7 @@ class SAAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
             Tensor: Loss, a scalar.
         """
         del args, kwargs
-        features = self.model.extract_features(cast("Tensor", batch.image))
+        (features,) = batch.inputs if isinstance(batch, CachedBatch) else self.features_and_targets(batch)
         loss = self.loss(features, self.model.reconstruct(features))
         self.log("train_loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(features))
         return loss

@@ -2,10 +2,12 @@
 
 """Parts that several models share."""
 
+from .arguments import check_finite, check_whole
 from .backbone import BackboneNormalize, FrozenBackbone, create_backbone, stage_strides
-from .checkpoints import BackboneInCheckpoint, RandomState, refuse_other_networks
+from .checkpoints import BackboneInCheckpoint, load_checkpoint, refuse_other_networks
 from .deferred_validation import DeferredValidation, ValidationAtEnd, save_anew
 from .export import CurrentOpsetExport
+from .guards import guards
 from .image_size import refuse_normalize, resolve_image_size
 from .training_images import check_training_files, load_images, normal_training_set
 
@@ -15,10 +17,13 @@ __all__ = [
     "CurrentOpsetExport",
     "DeferredValidation",
     "FrozenBackbone",
-    "RandomState",
     "ValidationAtEnd",
+    "check_finite",
     "check_training_files",
+    "check_whole",
     "create_backbone",
+    "guards",
+    "load_checkpoint",
     "load_images",
     "normal_training_set",
     "refuse_normalize",

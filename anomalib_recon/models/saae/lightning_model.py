@@ -39,9 +39,10 @@ from anomalib_recon.metrics import RawScoreEvaluator
 from anomalib_recon.models.components import (
     BackboneInCheckpoint,
     CurrentOpsetExport,
-    RandomState,
     ValidationAtEnd,
+    check_finite,
     check_training_files,
+    guards,
     load_images,
     normal_training_set,
     refuse_normalize,
@@ -170,6 +171,7 @@ class SAAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         super().__init__(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
+        check_finite(learning_rate=learning_rate, explained_variance=explained_variance)
         if learning_rate <= 0:
             msg = f"learning_rate must be positive, got {learning_rate}."
             raise ValueError(msg)
@@ -258,8 +260,8 @@ class SAAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         return torch.optim.Adam(cast("torch.nn.Module", self.model.autoencoder).parameters(), lr=self.learning_rate)
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Anomalib's components, validation at the end, and random numbers that a resumed run continues."""
-        return [*cast("Sequence[Callback]", super().configure_callbacks()), ValidationAtEnd(), RandomState()]
+        """Anomalib's components, validation at the end, and the guards of all models."""
+        return [*cast("Sequence[Callback]", super().configure_callbacks()), ValidationAtEnd(), *guards()]
 
     def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the loss of a batch of images.

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""anomalib's ways to use a model, for each of ours: those of its engine and those of its command line."""
+
+from pathlib import Path
+
+import numpy as np
+import openvino
+import pytest
+import torch
+from anomalib.cli.cli import AnomalibCLI
+from anomalib.data import PredictDataset
+from anomalib.deploy import ExportType
+from anomalib.models import AnomalibModule, get_model, list_models
+
+from anomalib_recon import models
+
+from .conftest import TINY, build, checkpoint_of, data, engine_in
+
+METRICS = {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_AUPRO", "pixel_F1Score"}
+
+
+def test_every_model_of_ours_is_in_the_list(name: str) -> None:
+    assert isinstance(get_model(name, **TINY[name]), getattr(models, name))
+    listed = {model.replace("_", "") for model in list_models()}
+    assert {model.lower() for model in models.__all__} <= listed
+    assert set(models.__all__) == set(TINY)
+
+
+def test_fit_validate_test_and_predict(
+    name: str, trained: tuple[AnomalibModule, str], stripes: Path, tmp_path: Path
+) -> None:
+    fitted, path = trained
+    engine, model = engine_in(tmp_path), build(name)
+    engine.validate(model, datamodule=data(stripes), ckpt_path=path)
+    torch.testing.assert_close(model.post_processor.image_threshold, fitted.post_processor.image_threshold)
+    [tested] = engine.test(model, datamodule=data(stripes), ckpt_path=path)
+    assert tested.keys() == METRICS
+    by_datamodule = engine.predict(model, datamodule=data(stripes), ckpt_path=path)
+    by_dataset = engine.predict(model, dataset=PredictDataset(stripes / "stripes" / "test"), ckpt_path=path)
+    scores = [
+        {Path(image).name + Path(image).parent.name: score for batch in batches for image, score in zip(
+            batch.image_path, batch.pred_score.tolist(), strict=True)}
+        for batches in (by_datamodule, by_dataset)
+    ]  # fmt: skip
+    assert len(scores[0]) == 10
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+
+
+@pytest.mark.parametrize("export_type", [ExportType.TORCH, ExportType.ONNX])
+def test_export(trained: tuple[AnomalibModule, str], tmp_path: Path, export_type: ExportType) -> None:
+    path = engine_in(tmp_path).export(trained[0], export_type, export_root=tmp_path, ckpt_path=trained[1])
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = trained[0].eval()(images).pred_score
+    if export_type == ExportType.TORCH:
+        score = torch.load(path, weights_only=False)["model"](images).pred_score
+    else:
+        compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        score = torch.from_numpy(compiled(images.numpy())["pred_score"])
+    torch.testing.assert_close(score.flatten(), expected, atol=1e-3, rtol=0)
+
+
+def command(name: str, subcommand: str, *args: str | Path) -> AnomalibCLI:
+    """Run ``anomalib`` in this process."""
+    arguments = [f"--model.{argument}={value}" for argument, value in TINY[name].items()]
+    return AnomalibCLI([subcommand, "--model", name, *arguments, *map(str, args)])
+
+
+def test_command_line(name: str, stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer = ("--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false")
+    options = ("--data=MVTecAD", f"--data.root={stripes}", "--data.category=stripes", "--data.num_workers=0")
+    trained = command(name, "train", *options, *trainer)
+    assert METRICS <= trained.engine.trainer.callback_metrics.keys()
+    checkpoint = checkpoint_of(trained.engine)
+    assert Path(checkpoint).is_relative_to(tmp_path)
+    command(name, "test", *options, *trainer[1:], f"--ckpt_path={checkpoint}")
+    command(name, "predict", *trainer[1:], f"--data={stripes}/stripes/test/hole", f"--ckpt_path={checkpoint}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--model.learning_rate=-1",), r"^learning_rate must be positive, got -1\.0"),
+        (("--model.image_size=63",), "^image_size must be|^feature_size must be"),
+        (("--data.category=gone",), "^The training set has no normal image|^missing file|not found|gone"),
+    ],
+)
+def test_a_mistake_on_the_command_line_ends_in_one_sentence(
+    name: str, stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ("--data=MVTecAD", f"--data.root={stripes}", "--data.category=stripes", "--data.num_workers=0")
+    with pytest.raises((ValueError, FileNotFoundError, RuntimeError), match=words) as error:
+        command(name, "train", *options, "--trainer.accelerator=cpu", *arguments)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_the_openvino_inferencer_in_threads(trained: tuple[AnomalibModule, str], tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
+
+    from anomalib.deploy import OpenVINOInferencer  # noqa: PLC0415
+
+    path = engine_in(tmp_path).export(trained[0], ExportType.OPENVINO, export_root=tmp_path, ckpt_path=trained[1])
+    inferencer = OpenVINOInferencer(path, config={"INFERENCE_PRECISION_HINT": "f32"})
+    images = list(np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), dtype=np.uint8))
+    expected = [inferencer.predict(image) for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        for result, single in zip(pool.map(inferencer.predict, images), expected, strict=True):
+            np.testing.assert_allclose(result.pred_score, single.pred_score, atol=1e-6)
+            np.testing.assert_allclose(result.anomaly_map, single.anomaly_map, atol=1e-6)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The same seed gives the same figures, and no number becomes NaN or infinite without a word."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from anomalib.models import AnomalibModule
+from lightning.pytorch.callbacks import Callback
+
+from tests.conftest import save, write_stripes
+
+from .conftest import build, data, engine_in
+
+
+def test_the_same_seed_gives_the_same_figures(name: str, stripes: Path, tmp_path: Path) -> None:
+    figures = []
+    for attempt in ("first", "second"):
+        model = build(name)
+        figures.append(engine_in(tmp_path / attempt, max_epochs=2).train(model, datamodule=data(stripes)))
+        figures[-1].append({key: value.tolist() for key, value in model.state_dict().items()})
+    assert figures[0] == figures[1]
+
+
+def assert_finite_everywhere(model: AnomalibModule) -> None:
+    for key, value in model.state_dict().items():
+        assert value.isfinite().all(), key
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])  # which Lightning turns into the former on a CPU
+def test_mixed_precision_trains_and_tests(name: str, stripes: Path, tmp_path: Path, precision: str) -> None:
+    model = build(name)
+    [metrics] = engine_in(tmp_path, precision=precision).train(model, datamodule=data(stripes))
+    assert_finite_everywhere(model)
+    assert all(0 <= value <= 1 for value in metrics.values())
+
+
+@pytest.mark.parametrize("level", [0.0, 0.5, 1.0], ids=["black", "grey", "white"])
+def test_images_of_one_colour(name: str, tmp_path: Path, level: float) -> None:
+    root = write_stripes(tmp_path / "data")
+    for path in (root / "stripes").rglob("good/*.png"):
+        save(np.full((64, 64), level), path)
+    model = build(name)
+    engine = engine_in(tmp_path / "results")
+    engine.fit(model, datamodule=data(root))
+    assert_finite_everywhere(model)
+    for batch in engine.predict(model, datamodule=data(root)):
+        assert batch.pred_score.isfinite().all()
+        assert batch.anomaly_map.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_broken_loss_stops_the_training_and_keeps_the_last_checkpoint(
+    name: str, stripes: Path, tmp_path: Path, value: float
+) -> None:
+    class Break(Callback):
+        """Breaks a pixel in the second epoch."""
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if trainer.current_epoch == 1 and batch_idx == 1:
+                batch.image[:] = value
+
+    model = build(name)
+    engine = engine_in(tmp_path, max_epochs=3, callbacks=[Break()])
+    with pytest.raises(RuntimeError, match=r"^The loss is \w+ in epoch 1; lower learning_rate \(0\.00\d\) or use"):
+        engine.fit(model, datamodule=data(stripes))
+    [checkpoint] = tmp_path.rglob("*.ckpt")
+    saved = torch.load(checkpoint, weights_only=True)
+    assert saved["epoch"] == 0
+    assert all(weight.isfinite().all() for weight in saved["state_dict"].values())
+    assert_finite_everywhere(model)

@@ -191,7 +191,9 @@ def test_no_image_is_scored_if_one_is_bad(trained: tuple[AnomalibModule, str], t
     write, words = BAD[file_name]
     root = write_stripes(tmp_path / "data")
     write(root / "stripes" / "test" / "hole" / file_name)
-    shutil.copy(next(root.rglob("*_mask.png")), root / "stripes" / "ground_truth" / "hole" / f"{file_name[:-4]}_mask.png")
+    shutil.copy(
+        next(root.rglob("*_mask.png")), root / "stripes" / "ground_truth" / "hole" / f"{file_name[:-4]}_mask.png"
+    )
     engine = engine_in(tmp_path / "results")
     with pytest.raises(ValueError, match=f"{file_name}.*{words}"):
         engine.predict(trained[0], data_path=root / "stripes" / "test")

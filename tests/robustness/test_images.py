@@ -41,9 +41,9 @@ GOOD: dict[str, Callable[[Path], None]] = {
     "turned.jpg": rotated_by_exif,
     "one pixel.png": lambda path: PICTURE.resize((1, 1)).save(path),
     "narrow.png": lambda path: PICTURE.resize((400, 20)).save(path),
-    "prüfbild 検査 é.PNG": lambda path: PICTURE.save(path),
+    "prüfbild 検査 é.PNG": PICTURE.save,
     "pages.tiff": lambda path: PICTURE.save(path, save_all=True, append_images=[PICTURE.rotate(90)]),
-    "another.webp": lambda path: PICTURE.save(path),
+    "another.webp": PICTURE.save,
 }
 
 

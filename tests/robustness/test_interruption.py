@@ -4,8 +4,10 @@
 
 import os
 import resource
+import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from anomalib.deploy import ExportType
 from anomalib.models import AnomalibModule
 from lightning.pytorch.callbacks import Callback
 
-from .conftest import build, checkpoint_of, data, engine_in, needs_fork
+from .conftest import build, data, engine_in, needs_fork
 
 pytestmark = needs_fork
 EPOCHS = 3
@@ -69,8 +71,8 @@ def test_a_run_that_is_killed_goes_on_to_the_same_result(
     moments = np.random.default_rng(sorted(name.encode())).integers(9, 25, 2)
     checkpoint: str | None = None
     for attempt, moment in enumerate(moments):
-        kill = KillAt(int(moment))
-        killed_by = run_in_child(lambda: train(name, stripes, tmp_path, checkpoint, callbacks=[kill]))
+        run = partial(train, name, stripes, tmp_path, checkpoint, callbacks=[KillAt(int(moment))])
+        killed_by = run_in_child(run)
         assert killed_by == signal.SIGKILL or attempt  # what goes on may be finished before its moment comes
         found = sorted(tmp_path.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
         checkpoint = str(found[-1]) if found else None
@@ -113,26 +115,25 @@ def test_the_checkpoint_before_survives_a_write_that_breaks_off(
     assert all(torch.equal(resumed[key], value) for key, value in whole.items())
 
 
-READERS = {
-    ExportType.TORCH: lambda path: torch.load(path, weights_only=False),
-    ExportType.OPENVINO: lambda path: openvino.Core().compile_model(path, "CPU"),
-}
-
-
-@pytest.mark.parametrize("export_type", READERS)
-def test_an_export_that_breaks_off_cannot_be_read(export_type: ExportType, stripes: Path, tmp_path: Path) -> None:
-    model = build("InTra")
-    engine = engine_in(tmp_path)
-    engine.fit(model, datamodule=data(stripes))
-    path = engine.export(model, export_type, export_root=tmp_path, ckpt_path=checkpoint_of(engine))
-    READERS[export_type](path)
-    files = [file for file in path.parent.iterdir() if file.stat().st_size > 1000]
+def assert_broken_off_files_are_refused(files: list[Path], read: Callable[[], object]) -> None:
+    """A file that holds the beginning of what it should cannot be read."""
     assert files
     for file in files:
         content = file.read_bytes()
         for kept in (0.0, 0.3, 0.9, 0.999):
             file.write_bytes(content[: int(kept * len(content))])
-            with pytest.raises(Exception, match=r"."):  # noqa: B017, PT011
-                READERS[export_type](path)
+            with pytest.raises((RuntimeError, EOFError)):
+                read()
         file.write_bytes(content)
-    READERS[export_type](path)
+    read()
+
+
+def test_an_openvino_export_that_breaks_off_cannot_be_read(exported: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(exported("InTra").parent, tmp_path / "openvino")
+    files = [folder / "model.xml", folder / "model.bin"]
+    assert_broken_off_files_are_refused(files, lambda: openvino.Core().compile_model(files[0], "CPU"))
+
+
+def test_a_torch_export_that_breaks_off_cannot_be_read(name: str, tmp_path: Path) -> None:
+    path = engine_in(tmp_path).export(build(name), ExportType.TORCH, export_root=tmp_path)
+    assert_broken_off_files_are_refused([path], lambda: torch.load(path, weights_only=False))

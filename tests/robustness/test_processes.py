@@ -24,7 +24,7 @@ WITHOUT_CHANCE = {
     "SAAE": {},
     "PatchAE": {"defect_probability": 0.0, "coreset_ratio": 1.0},
 }
-# of the way that the weights have gone, of thresholds and of metrics; SAAE normalises by the statistics of a batch,
+# of the way that the weights have gone, of thresholds and of metrics of pixels; SAAE normalises by the statistics of a batch,
 # which each process has its own of
 TOLERANCE = {"InTra": 1e-3, "ADTR": 1e-2, "SAAE": 0.2, "PatchAE": 1e-3}
 SCRIPT = """
@@ -100,11 +100,11 @@ def test_two_processes_come_to_the_result_of_one(
         elif key in start and value.is_floating_point():
             moved += float((value - start[key]).square().sum())
             apart += float((value - two[key]).square().sum())
-    print(model, moved, apart)
     assert apart <= TOLERANCE[model] ** 2 * moved
     folders = tmp_path, two_processes / model / "even"
     metrics, other = (json.loads((folder / "0.json").read_text()) for folder in folders)
-    assert other == pytest.approx(metrics, abs=TOLERANCE[model])
+    for metric in ("pixel_AUROC", "pixel_F1Score", "pixel_AUPRO"):  # ten images resolve no small difference
+        assert other[metric] == pytest.approx(metrics[metric], abs=TOLERANCE[model])
 
 
 @pytest.mark.parametrize("batches", ["even", "uneven"])

@@ -80,7 +80,7 @@ def test_planted_code_in_other_arguments_is_not_executed(stripes: Path, tmp_path
 def test_a_start_of_adtr_plus_that_is_no_checkpoint_is_refused(stripes: Path, tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "start.ckpt")
     model = build("ADTR", labels="pixel", confetti=0.5, normal_checkpoint=tmp_path / "start.ckpt")
-    with pytest.raises(ValueError, match="not a checkpoint of anomalib|checkpoint is not one of ADTR"):
+    with pytest.raises(ValueError, match=r"not a checkpoint of anomalib|checkpoint is not one of ADTR"):
         engine_in(tmp_path).fit(model, datamodule=data(stripes))
 
 

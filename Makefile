@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 PYTHON := .venv/bin/python
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-lowest lint clean
 
 .venv: pyproject.toml constraints.txt
 	python3 -m venv .venv
@@ -14,10 +14,17 @@ quickstart: .venv
 test: .venv
 	$(PYTHON) -m pytest -n 2 --dist loadfile
 
+# with the lowest versions that pyproject.toml allows
+test-lowest:
+	python3 -m venv .venv-lowest
+	.venv-lowest/bin/pip install uv
+	.venv-lowest/bin/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct -e ".[dev]"
+	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile
+
 lint: .venv
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
 
 clean:
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lowest build dist .mypy_cache .pytest_cache .ruff_cache

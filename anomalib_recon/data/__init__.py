@@ -2,7 +2,7 @@
 
 """Datamodules: data to try the models without a download, labelled anomalies to train on, one class of CIFAR-10."""
 
-from anomalib_recon.discovery import publish
+from anomalib_recon import discovery
 
 from .demo import DemoAD
 from .labelled_folder import LabelledFolder
@@ -10,4 +10,4 @@ from .one_class_cifar10 import OneClassCIFAR10
 
 __all__ = ["DemoAD", "LabelledFolder", "OneClassCIFAR10"]
 
-publish(__name__)
+discovery.publish(__name__)

@@ -2,7 +2,7 @@
 
 """The models. A class named in ``__all__`` is found by anomalib under its name."""
 
-from anomalib_recon.discovery import publish
+from anomalib_recon import discovery
 
 from .adtr import ADTR
 from .intra import InTra
@@ -11,4 +11,4 @@ from .saae import SAAE
 
 __all__ = ["ADTR", "SAAE", "InTra", "PatchAE"]
 
-publish(__name__)
+discovery.publish(__name__)

@@ -304,7 +304,7 @@ def test_two_processes_train_one_model(stripes: Path, tmp_path: Path) -> None:
         ({"labels": "image", "top_k": 65}, "^top_k must be from 1 to the 64 cells of the feature map, got 65"),
         ({"alpha": 0.0}, "^alpha must be positive, got 0.0"),
         ({"learning_rate": -1.0}, "^learning_rate must be positive, got -1.0"),
-        ({"lr_drop_epoch": 0}, "^lr_drop_epoch must be positive, got 0"),
+        ({"lr_drop_epoch": 0}, "^lr_drop_epoch must be at least 1, got 0"),
         ({"image_size": 0}, "^image_size must be positive, got 0"),
         ({"feature_size": 7}, r"^feature_size must be one of 32 x 32, 16 x 16, .* image_size=\(64, 64\), got \(7, 7\)"),
         ({"confetti": 0.5}, "^confetti=0.5 and normal_checkpoint=None are for ADTR., but labels is None; pass labels="),

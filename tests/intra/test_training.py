@@ -345,10 +345,10 @@ def test_not_square_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"windows_per_image": 0}, "windows_per_image must be positive, got 0"),
+        ({"windows_per_image": 0}, "windows_per_image must be at least 1, got 0"),
         ({"patch_size": 4}, "patch_size must be at least 6 for the SSIM in the loss, got 4"),
         ({"held_out_fraction": 1.0}, "held_out_fraction must lie between 0 and 1, got 1.0"),
-        ({"patience": -1}, "patience must be positive, got -1"),
+        ({"patience": -1}, "patience must be at least 1, got -1"),
         ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
         ({"image_size": 60}, "image_size must be a multiple of patch_size, got 60 x 60 and 8"),
         ({"pre_processor": InTra.configure_pre_processor((32, 32))}, "image_size must be the size that pre_processor"),

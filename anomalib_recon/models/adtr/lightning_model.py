@@ -41,9 +41,12 @@ from anomalib_recon.models.components import (
     CachedBatch,
     CurrentOpsetExport,
     FeatureCache,
-    RandomState,
     ValidationAtEnd,
+    check_finite,
     check_training_files,
+    check_whole,
+    guards,
+    load_checkpoint,
     refuse_normalize,
     refuse_other_networks,
     resolve_image_size,
@@ -192,10 +195,15 @@ class ADTR(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         super().__init__(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
-        for name in ("alpha", "learning_rate", "lr_drop_epoch"):
+        check_whole(lr_drop_epoch=lr_drop_epoch)
+        check_finite(alpha=alpha, learning_rate=learning_rate, weight_decay=weight_decay, confetti=confetti)
+        for name in ("alpha", "learning_rate"):
             if self.hparams[name] <= 0:
                 msg = f"{name} must be positive, got {self.hparams[name]}."
                 raise ValueError(msg)
+        if weight_decay < 0:
+            msg = f"weight_decay must not be negative, got {weight_decay}."
+            raise ValueError(msg)
         if not 0 <= confetti <= 1:
             msg = f"confetti must be a probability in [0, 1], got {confetti}."
             raise ValueError(msg)
@@ -238,9 +246,9 @@ class ADTR(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         return [optimizer], [torch.optim.lr_scheduler.MultiStepLR(optimizer, [self.lr_drop_epoch])]
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Anomalib's components, validation at the end, features computed once, and random numbers of a resumed run."""
+        """Anomalib's components, validation at the end, features computed once, and the guards of all models."""
         callbacks = cast("Sequence[Callback]", super().configure_callbacks())
-        return [*callbacks, ValidationAtEnd(), self._feature_cache, RandomState()]
+        return [*callbacks, ValidationAtEnd(), self._feature_cache, *guards()]
 
     def setup(self, stage: str) -> None:
         """Look at the training data before a long training.
@@ -374,7 +382,7 @@ class ADTR(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
                 "ADTR trained with labels=None."
             )
             raise ValueError(msg)
-        checkpoint = torch.load(self.normal_checkpoint, map_location="cpu", weights_only=True)
+        checkpoint = load_checkpoint(self.normal_checkpoint, "normal_checkpoint")
         refuse_other_networks(checkpoint, "ADTR", self.hparams, NETWORK_ARGUMENTS)
         weights = {key: value for key, value in checkpoint["state_dict"].items() if key.startswith("model.")}
         self.load_state_dict(weights, strict=False)

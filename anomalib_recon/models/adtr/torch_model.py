@@ -23,7 +23,7 @@ import torch
 from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 
-from anomalib_recon.models.components import FrozenBackbone, stage_strides
+from anomalib_recon.models.components import FrozenBackbone, check_finite, check_whole, stage_strides
 from anomalib_recon.pre_processing import AntialiasResize
 
 from .anomaly_map import AnomalyMapGenerator
@@ -322,11 +322,8 @@ def _check_arguments(
     attention: str,
     pool_size: int,
 ) -> None:
-    sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "mlp_dim": mlp_dim, "pool_size": pool_size}
-    for name, value in sizes.items():
-        if value < 1:
-            msg = f"{name} must be at least 1, got {value}."
-            raise ValueError(msg)
+    check_whole(embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim, pool_size=pool_size)
+    check_finite(dropout=dropout)
     if embed_dim % num_heads:
         msg = f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}."
         raise ValueError(msg)

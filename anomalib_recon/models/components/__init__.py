@@ -2,11 +2,13 @@
 
 """Parts that several models share."""
 
+from .arguments import check_finite, check_whole
 from .backbone import BackboneNormalize, FrozenBackbone, create_backbone, stage_strides
-from .checkpoints import BackboneInCheckpoint, RandomState, refuse_other_networks
+from .checkpoints import BackboneInCheckpoint, load_checkpoint, refuse_other_networks
 from .deferred_validation import DeferredValidation, ValidationAtEnd, save_anew
 from .export import CurrentOpsetExport
 from .feature_cache import CachedBatch, FeatureCache
+from .guards import guards
 from .image_size import refuse_normalize, resolve_image_size
 from .training_images import check_training_files, load_images, normal_training_set
 
@@ -18,10 +20,13 @@ __all__ = [
     "DeferredValidation",
     "FeatureCache",
     "FrozenBackbone",
-    "RandomState",
     "ValidationAtEnd",
+    "check_finite",
     "check_training_files",
+    "check_whole",
     "create_backbone",
+    "guards",
+    "load_checkpoint",
     "load_images",
     "normal_training_set",
     "refuse_normalize",

@@ -187,7 +187,7 @@ def _load_weights(model: nn.Module, name: str, file: str | Path) -> None:
     """Load all weights of a model from a file, which may hold more, such as a classifier."""
     try:
         # timm joins the names of nested stages with underscores when it builds a model for its features
-        found = {key.replace(".", "_"): value for key, value in load_state_dict(str(file)).items()}
+        found = {key.replace(".", "_"): value for key, value in load_state_dict(str(file), weights_only=True).items()}
     except Exception as error:
         msg = f"backbone_weights={file} cannot be read ({error}); pass a safetensors file or a PyTorch state dict."
         raise ValueError(msg) from error

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 
@@ -36,6 +37,26 @@ def refuse_other_networks(
             f"--model.{different[0]}, or use {model}.load_from_checkpoint."
         )
         raise ValueError(msg)
+
+
+def load_checkpoint(path: str | Path, argument: str) -> dict[str, Any]:
+    """Load a checkpoint, which may come from a stranger: plain data alone, on the CPU.
+
+    Args:
+        path (str | Path): The checkpoint.
+        argument (str): The argument that names it, for the error.
+
+    Returns:
+        dict[str, Any]: What it holds.
+
+    Raises:
+        ValueError: If it is not a checkpoint.
+    """
+    try:
+        return dict(AnomalibCheckpointIO().load_checkpoint(path, map_location="cpu"))
+    except Exception as error:  # torch fails in as many ways as files can be broken
+        msg = f"{argument}={path} is not a checkpoint of anomalib, or not a whole one; pass another file."
+        raise ValueError(msg) from error
 
 
 class BackboneInCheckpoint:

@@ -9,6 +9,8 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.utils.config import to_tuple
 from torchvision.transforms.v2 import Compose, Normalize, Transform
 
+from .arguments import check_whole
+
 NUM_CHANNELS = 3
 
 
@@ -33,10 +35,12 @@ def resolve_image_size(
     resized = tuple(transform(torch.zeros(1, NUM_CHANNELS, 1, 1)).shape[-2:]) if transform else (1, 1)
     if image_size is None:
         return default if resized == (1, 1) else resized
-    size = to_tuple(image_size)  # type: ignore[arg-type]
-    if min(size) < 1:
-        msg = f"image_size must be positive, got {image_size}."
-        raise ValueError(msg)
+    try:
+        size = to_tuple(image_size)  # type: ignore[arg-type]
+        check_whole(height=size[0], width=size[1])
+    except (TypeError, ValueError) as error:
+        msg = f"image_size must be positive, got {image_size}; pass a whole number of pixels, or two."
+        raise ValueError(msg) from error
     if resized not in {(1, 1), size}:
         msg = f"image_size must be the size that pre_processor resizes to, got {size} and {resized}; leave one out."
         raise ValueError(msg)

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from anomalib import TaskType
 from anomalib.data import AnomalibDataset
+from anomalib.data.utils import LabelName
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from anomalib_recon.data.image_files import check_image_files
+from anomalib_recon.data.image_files import check_image_files, check_mask_files
 
 
 def normal_training_set(dataset: AnomalibDataset) -> AnomalibDataset:
@@ -58,14 +60,29 @@ def load_images(dataset: AnomalibDataset, indices: Sequence[int], loader: DataLo
 
 
 def check_training_files(datamodule: Any) -> None:
-    """Read the images of training and validation once, so that a bad one does not end a long run in the middle.
+    """Read the images and masks of training and validation once, so that a bad one does not end a long run.
 
     Args:
         datamodule (Any): Datamodule of anomalib.
 
     Raises:
-        ValueError: If an image cannot be used, or there is no normal training image.
+        ValueError: If an image or a mask cannot be used, or there is no normal training image.
     """
     normal_training_set(datamodule.train_data)
     for dataset in filter(None, (datamodule.train_data, getattr(datamodule, "val_data", None))):
-        check_image_files(dataset.samples.image_path)
+        check_files(dataset)
+
+
+def check_files(dataset: AnomalibDataset) -> None:
+    """Read the images of a dataset, and the masks if it has them.
+
+    Args:
+        dataset (AnomalibDataset): Images.
+
+    Raises:
+        ValueError: If an image or a mask cannot be used.
+    """
+    check_image_files(dataset.samples.image_path)
+    if dataset.task == TaskType.SEGMENTATION:
+        anomalous = dataset.samples.label_index == LabelName.ABNORMAL
+        check_mask_files(filter(None, dataset.samples.mask_path[anomalous]))

@@ -43,8 +43,10 @@ from anomalib_recon.metrics import RawScoreEvaluator
 from anomalib_recon.models.components import (
     CurrentOpsetExport,
     DeferredValidation,
-    RandomState,
+    check_finite,
     check_training_files,
+    check_whole,
+    guards,
     load_images,
     normal_training_set,
     refuse_other_networks,
@@ -180,10 +182,21 @@ class InTra(CurrentOpsetExport, AnomalibModule):  # type: ignore[misc]  # anomal
         super().__init__(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
-        for name in ("windows_per_image", "windows_per_step", "max_held_out", "patience", "learning_rate"):
-            if self.hparams[name] <= 0:
-                msg = f"{name} must be positive, got {self.hparams[name]}."
-                raise ValueError(msg)
+        check_whole(
+            windows_per_image=windows_per_image,
+            windows_per_step=windows_per_step,
+            max_held_out=max_held_out,
+            patience=patience,
+        )
+        check_finite(
+            learning_rate=learning_rate,
+            held_out_fraction=held_out_fraction,
+            gms_weight=gms_weight,
+            ssim_weight=ssim_weight,
+        )
+        if learning_rate <= 0:
+            msg = f"learning_rate must be positive, got {learning_rate}."
+            raise ValueError(msg)
         if patch_size < MIN_PATCH_SIZE:
             msg = f"patch_size must be at least {MIN_PATCH_SIZE} for the SSIM in the loss, got {patch_size}."
             raise ValueError(msg)
@@ -240,8 +253,8 @@ class InTra(CurrentOpsetExport, AnomalibModule):  # type: ignore[misc]  # anomal
             check_training_files(datamodule)
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Anomalib's components, what puts validation off, and random numbers that a resumed run continues."""
-        return [*cast("Sequence[Callback]", super().configure_callbacks()), self._deferred_validation, RandomState()]
+        """Anomalib's components, what puts validation off, and the guards of all models."""
+        return [*cast("Sequence[Callback]", super().configure_callbacks()), self._deferred_validation, *guards()]
 
     def on_fit_start(self) -> None:
         """Start afresh, or continue the interrupted run whose checkpoint was given."""

@@ -29,6 +29,8 @@ from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from anomalib_recon.models.components import check_whole
+
 from .anomaly_map import AnomalyMapGenerator
 
 NUM_CHANNELS = 3
@@ -428,8 +430,9 @@ def check_sizes(image_size: tuple[int, int], patch_size: int, window_size: int) 
     Raises:
         ValueError: If they do not.
     """
-    if min(*image_size, patch_size, window_size) < 1:
-        msg = f"image_size, patch_size and window_size must be positive, got {image_size}, {patch_size}, {window_size}."
+    check_whole(patch_size=patch_size, window_size=window_size)
+    if min(image_size) < 1:
+        msg = f"image_size must be positive, got {image_size}."
         raise ValueError(msg)
     if any(size % patch_size for size in image_size):
         msg = (
@@ -456,10 +459,7 @@ def check_network(embed_dim: int, depth: int, num_heads: int, windows_per_chunk:
     Raises:
         ValueError: If one is not positive, or the heads do not divide half of ``embed_dim``.
     """
-    for name, value in (("depth", depth), ("num_heads", num_heads), ("windows_per_chunk", windows_per_chunk)):
-        if value < 1:
-            msg = f"{name} must be at least 1, got {value}."
-            raise ValueError(msg)
-    if embed_dim < 1 or embed_dim % (2 * num_heads):
+    check_whole(embed_dim=embed_dim, depth=depth, num_heads=num_heads, windows_per_chunk=windows_per_chunk)
+    if embed_dim % (2 * num_heads):
         msg = f"embed_dim must be a multiple of twice num_heads, got {embed_dim} and {num_heads} heads."
         raise ValueError(msg)

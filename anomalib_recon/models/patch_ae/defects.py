@@ -86,7 +86,7 @@ class ArtificialDefects(nn.Module):
         if size_range[1] > 1:
             msg = f"defect_size_range is in fractions of the image, up to 1, got {list(size_range)}."
             raise ValueError(msg)
-        if angle_range[0] > angle_range[1]:
+        if not -math.inf < angle_range[0] <= angle_range[1] < math.inf:
             msg = f"defect_angle_range must be two numbers, the lower first, got {list(angle_range)}."
             raise ValueError(msg)
         if not 0 <= position_range[0] <= position_range[1] <= 1:

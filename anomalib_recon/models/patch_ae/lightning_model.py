@@ -39,9 +39,10 @@ from anomalib_recon.metrics import RawScoreEvaluator
 from anomalib_recon.models.components import (
     BackboneInCheckpoint,
     CurrentOpsetExport,
-    RandomState,
     ValidationAtEnd,
+    check_finite,
     check_training_files,
+    guards,
     load_images,
     refuse_normalize,
     refuse_other_networks,
@@ -171,6 +172,13 @@ class PatchAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type
         super().__init__(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
+        check_finite(
+            learning_rate=learning_rate,
+            backbone_learning_rate=backbone_learning_rate,
+            coreset_ratio=coreset_ratio,
+            alpha=alpha,
+            sigma=sigma,
+        )
         if learning_rate <= 0:
             msg = f"learning_rate must be positive, got {learning_rate}."
             raise ValueError(msg)
@@ -219,9 +227,9 @@ class PatchAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type
         return torch.optim.Adam(groups, lr=self.learning_rate)
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Anomalib's components, bank and validation at the end, and random numbers that a resumed run continues."""
+        """Anomalib's components, bank and validation at the end, and the guards of all models."""
         at_end = ValidationAtEnd(prepare=self._fill_bank)
-        return [*cast("Sequence[Callback]", super().configure_callbacks()), at_end, RandomState()]
+        return [*cast("Sequence[Callback]", super().configure_callbacks()), at_end, *guards()]
 
     def setup(self, stage: str) -> None:
         """Look at the training images before a long training.

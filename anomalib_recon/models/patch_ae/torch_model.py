@@ -24,7 +24,7 @@ from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from anomalib_recon.models.components import BackboneNormalize, create_backbone, stage_strides
+from anomalib_recon.models.components import BackboneNormalize, check_whole, create_backbone, stage_strides
 from anomalib_recon.pre_processing import AntialiasResize
 
 from .anomaly_map import AnomalyMapGenerator
@@ -91,7 +91,8 @@ class PatchAEModel(nn.Module):
         vectors_per_chunk: int = 4096,
     ) -> None:
         super().__init__()
-        _check_arguments(image_size, patch_size, embed_dim, trained_stages, score_by)
+        check_whole(patch_size=patch_size, embed_dim=embed_dim, vectors_per_chunk=vectors_per_chunk)
+        _check_arguments(image_size, patch_size, trained_stages, score_by)
         num_stages = len(stage_strides(backbone))
         if num_stages < NUM_STAGES:
             msg = f"backbone={backbone!r} has {num_stages} stages; choose a CNN with {NUM_STAGES} or more."
@@ -234,20 +235,14 @@ def _freeze(backbone: Any, stage: int) -> None:
         weight.requires_grad_(gradient is None)
 
 
-def _check_arguments(
-    image_size: tuple[int, int], patch_size: int, embed_dim: int, trained_stages: int, score_by: str
-) -> None:
-    for name, value in (("patch_size", patch_size), ("embed_dim", embed_dim)):
-        if value < 1:
-            msg = f"{name} must be at least 1, got {value}."
-            raise ValueError(msg)
-    if any(side % patch_size for side in image_size):
+def _check_arguments(image_size: tuple[int, int], patch_size: int, trained_stages: int, score_by: str) -> None:
+    if any(side < 1 or side % patch_size for side in image_size):
         msg = f"image_size must be a multiple of patch_size, got {image_size[0]} x {image_size[1]} and {patch_size}."
         raise ValueError(msg)
     if image_size == (patch_size, patch_size):
         msg = f"image_size must hold more than one patch, got {image_size[0]} x {image_size[1]} and {patch_size}."
         raise ValueError(msg)
-    if not 0 <= trained_stages <= NUM_STAGES:
+    if trained_stages not in range(NUM_STAGES + 1):
         msg = f"trained_stages must be from 0 to {NUM_STAGES}, got {trained_stages}."
         raise ValueError(msg)
     if score_by not in {"features", "stages", "reconstruction"}:

@@ -41,9 +41,10 @@ from anomalib_recon.models.components import (
     CachedBatch,
     CurrentOpsetExport,
     FeatureCache,
-    RandomState,
     ValidationAtEnd,
+    check_finite,
     check_training_files,
+    guards,
     load_images,
     normal_training_set,
     refuse_normalize,
@@ -178,6 +179,7 @@ class SAAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         super().__init__(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
+        check_finite(learning_rate=learning_rate, explained_variance=explained_variance)
         if learning_rate <= 0:
             msg = f"learning_rate must be positive, got {learning_rate}."
             raise ValueError(msg)
@@ -267,9 +269,9 @@ class SAAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         return torch.optim.Adam(cast("torch.nn.Module", self.model.autoencoder).parameters(), lr=self.learning_rate)
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Anomalib's components, validation at the end, features computed once, and random numbers of a resumed run."""
+        """Anomalib's components, validation at the end, features computed once, and the guards of all models."""
         callbacks = cast("Sequence[Callback]", super().configure_callbacks())
-        return [*callbacks, ValidationAtEnd(), self._feature_cache, RandomState()]
+        return [*callbacks, ValidationAtEnd(), self._feature_cache, *guards()]
 
     def features_and_targets(self, batch: Batch) -> tuple[Tensor]:
         """Compute what the loss needs of a training batch; there are no targets.

@@ -24,6 +24,8 @@ from typing import Any
 from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 
+from anomalib_recon.models.components import check_whole
+
 from .anomaly_map import AnomalyMapGenerator, Distance
 from .autoencoder import SelfAttentionAutoencoder
 from .features import create_feature_extractor
@@ -93,10 +95,7 @@ class SAAEModel(nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"patch_size": patch_size, "num_heads": num_heads, "depth": depth, "mlp_ratio": mlp_ratio}
-        for name, value in {**sizes, "latent_dim": 1 if latent_dim is None else latent_dim}.items():
-            if value < 1:
-                msg = f"{name} must be at least 1, got {value}."
-                raise ValueError(msg)
+        check_whole(**sizes, latent_dim=1 if latent_dim is None else latent_dim)
         if distance not in {"norm", "mse"}:
             msg = f"distance must be 'norm' or 'mse', got {distance!r}."
             raise ValueError(msg)

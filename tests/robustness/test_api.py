@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""anomalib's ways to use a model, for each of ours: those of its engine and those of its command line."""
+
+import re
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from anomalib.cli.cli import AnomalibCLI
+from anomalib.data import NumpyImageBatch, PredictDataset
+from anomalib.deploy import ExportType, OpenVINOInferencer
+from anomalib.models import AnomalibModule, get_model, list_models
+
+from anomalib_recon import models
+
+from .conftest import TINY, build, checkpoint_of, data, engine_in
+
+METRICS = {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_AUPRO", "pixel_F1Score"}
+
+
+def test_every_model_of_ours_is_in_the_list(name: str) -> None:
+    assert isinstance(get_model(name, **TINY[name]), getattr(models, name))
+    listed = {model.replace("_", "") for model in list_models()}
+    assert {model.lower() for model in models.__all__} <= listed
+    assert set(models.__all__) == set(TINY)
+
+
+def test_fit_validate_test_and_predict(
+    name: str, trained: tuple[AnomalibModule, str], stripes: Path, tmp_path: Path
+) -> None:
+    fitted, path = trained
+    engine, model = engine_in(tmp_path), build(name)
+    engine.validate(model, datamodule=data(stripes), ckpt_path=path)
+    torch.testing.assert_close(model.post_processor.image_threshold, fitted.post_processor.image_threshold)
+    [tested] = engine.test(model, datamodule=data(stripes), ckpt_path=path)
+    assert tested.keys() == METRICS
+    by_datamodule = engine.predict(model, datamodule=data(stripes), ckpt_path=path)
+    by_dataset = engine.predict(model, dataset=PredictDataset(stripes / "stripes" / "test"), ckpt_path=path)
+    scores = [
+        {Path(image).name + Path(image).parent.name: score for batch in batches for image, score in zip(
+            batch.image_path, batch.pred_score.tolist(), strict=True)}
+        for batches in (by_datamodule, by_dataset)
+    ]  # fmt: skip
+    assert len(scores[0]) == 10
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+
+
+def test_export(trained: tuple[AnomalibModule, str], tmp_path: Path) -> None:
+    """Exports to ONNX and OpenVINO take long; each model's own tests make them."""
+    path = engine_in(tmp_path).export(trained[0], ExportType.TORCH, export_root=tmp_path, ckpt_path=trained[1])
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, result = trained[0].eval()(images), torch.load(path, weights_only=False)["model"](images)
+    torch.testing.assert_close(result.pred_score, expected.pred_score)
+
+
+def command(name: str, subcommand: str, *args: str | Path) -> AnomalibCLI:
+    """Run ``anomalib`` in this process."""
+    arguments = [f"--model.{argument}={value}" for argument, value in TINY[name].items()]
+    return AnomalibCLI([subcommand, "--model", name, *arguments, *map(str, args)])
+
+
+def test_command_line(name: str, stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer = ("--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false")
+    options = ("--data=MVTecAD", f"--data.root={stripes}", "--data.category=stripes", "--data.num_workers=0")
+    trained = command(name, "train", *options, *trainer)
+    assert trained.engine.trainer.callback_metrics.keys() >= METRICS
+    checkpoint = checkpoint_of(trained.engine)
+    assert Path(checkpoint).is_relative_to(tmp_path)
+    command(name, "predict", *trainer[1:], f"--data={stripes}/stripes/test/hole", f"--ckpt_path={checkpoint}")
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("learning_rate=-1", "learning_rate must be positive, got -1.0"),
+        ("image_size=0", "image_size must be positive"),
+    ],
+)
+def test_a_wrong_argument_on_the_command_line_is_named_on_a_line_of_its_own(
+    name: str, argument: str, words: str
+) -> None:
+    # jsonargparse puts its own lines around ours
+    with pytest.raises(ValueError, match=rf"(?m)^ *-? *{re.escape(words)}"):
+        command(name, "train", "--data=DemoAD", f"--model.{argument}")
+
+
+@pytest.mark.parametrize("model", ["InTra", "ADTR"])
+def test_openvino_models_in_threads(model: str, exported: Callable[[str], Path]) -> None:
+    """An inferencer of anomalib serves one thread: others are told that it is busy. Each thread has its own."""
+    path = exported(model)
+    images = list(np.random.default_rng(0).random((16, 64, 64, 3), dtype=np.float32))
+    own = threading.local()
+
+    def predict(image: np.ndarray) -> NumpyImageBatch:
+        if not hasattr(own, "inferencer"):
+            own.inferencer = OpenVINOInferencer(path, config={"INFERENCE_PRECISION_HINT": "f32"})
+        return own.inferencer.predict(image)
+
+    expected = [predict(image) for image in images]
+    assert np.ptp([single.pred_score for single in expected]) > 0
+    with ThreadPoolExecutor(4) as pool:
+        for result, single in zip(pool.map(predict, images), expected, strict=True):
+            np.testing.assert_allclose(result.pred_score, single.pred_score, atol=1e-6)
+            np.testing.assert_allclose(result.anomaly_map, single.anomaly_map, atol=1e-6)

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Combinations of arguments: each builds a model that can be trained, or is refused with the name of an argument."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from anomalib_recon.models import ADTR, SAAE, InTra, PatchAE
+from anomalib_recon.models.adtr.loss import NormalLoss
+from anomalib_recon.models.adtr.torch_model import ADTRModel
+from anomalib_recon.models.intra.loss import InTraLoss
+from anomalib_recon.models.intra.torch_model import InTraModel
+from anomalib_recon.models.patch_ae.loss import HybridLoss
+from anomalib_recon.models.patch_ae.torch_model import PatchAEModel
+from anomalib_recon.models.saae.loss import SAAELoss
+from anomalib_recon.models.saae.torch_model import SAAEModel
+
+from .conftest import TINY
+from .conftest import build as build_tiny
+
+# the same examples on every run
+examples = settings(
+    max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
+)
+
+
+def mostly(*good: Any, bad: tuple[Any, ...]) -> st.SearchStrategy:
+    """A good value in most cases, so that the combination of all has a chance to be accepted."""
+    return st.integers(0, 11).flatmap(lambda draw: st.sampled_from(bad if draw == 0 else good))
+
+
+NOT_A_COUNT = (0, -3, 2.5, math.nan, True, "4", None)
+NOT_A_NUMBER = (math.nan, math.inf, -math.inf, "1", None, True)
+
+
+def counts(*good: int) -> st.SearchStrategy:
+    return mostly(*good, bad=NOT_A_COUNT)
+
+
+def sizes(*good: tuple[int, int]) -> st.SearchStrategy:
+    return mostly(*good, bad=((0, 64), (-64, 64), (63, 64), (1, 1)))
+
+
+def choices(*good: str) -> st.SearchStrategy:
+    return mostly(*good, bad=("other", "", None, 1))
+
+
+def assert_trains(model: nn.Module, loss: Tensor) -> None:
+    """The loss and the gradients of all trained parameters are finite."""
+    assert loss.isfinite()
+    loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert gradients
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def assert_scores(model: nn.Module, images: Tensor) -> None:
+    with torch.no_grad():
+        scored = model.eval()(images)
+    assert scored.pred_score.shape == (len(images),)
+    assert scored.anomaly_map.shape == (len(images), 1, *images.shape[-2:])
+    assert scored.pred_score.isfinite().all()
+    assert scored.anomaly_map.isfinite().all()
+
+
+def build(model_class: type[nn.Module], arguments: dict[str, Any]) -> nn.Module | None:
+    """Build a model, or nothing if an argument is refused by its name."""
+    torch.manual_seed(0)
+    try:
+        return model_class(**arguments)
+    except ValueError as error:
+        assert any(argument in str(error) for argument in arguments), error  # noqa: PT017
+        assert "\n" not in str(error)  # noqa: PT017
+        return None
+
+
+@examples
+@given(
+    st.fixed_dictionaries(
+        {
+            "image_size": sizes((48, 48), (64, 40), (16, 64)),
+            "patch_size": counts(8, 16),
+            "window_size": counts(2, 3, 5),
+            "embed_dim": counts(8, 12, 16),
+            "depth": counts(1, 2, 3),
+            "num_heads": counts(1, 2, 4),
+            "attention": choices("mfsa", "msa"),
+            "long_residuals": st.booleans(),
+            "position": choices("global", "local"),
+            "readout": choices("mean", "token"),
+            "sigmoid": st.booleans(),
+            "windows_per_chunk": counts(1, 7, 100),
+        }
+    )
+)
+def test_intra(arguments: dict[str, Any]) -> None:
+    model = build(InTraModel, arguments)
+    if model is None:
+        return
+    images = torch.rand(2, 3, *arguments["image_size"])
+    patches = model.patchify(images)
+    tokens, covered = model.draw_windows(2, torch.Generator().manual_seed(0))
+    inpainted = model.inpaint(patches, torch.arange(2), tokens, covered)
+    original = patches[torch.arange(2), tokens.gather(1, covered[:, None]).squeeze(1)]
+    assert_trains(model, InTraLoss()(model.pixels(inpainted), model.pixels(original)))
+    assert_scores(model, images)
+
+
+@examples
+@given(
+    st.fixed_dictionaries(
+        {
+            "backbone": choices("resnet18"),
+            "image_size": sizes((64, 64), (32, 96), (33, 65)),
+            "feature_size": mostly(None, 8, (2, 6), (4, 12), bad=(0, -8, 7, 2.5, (8,), "8")),
+            "embed_dim": counts(8, 16),
+            "depth": counts(1, 2),
+            "num_heads": counts(1, 2, 3),
+            "mlp_dim": counts(1, 16),
+            "dropout": mostly(0.0, 0.5, bad=(*NOT_A_NUMBER, -0.1, 1.0)),
+            "query": choices("learned", "encoder"),
+            "attention": choices("multihead", "concat"),
+            "pool_size": counts(1, 16, 33),
+        }
+    )
+)
+def test_adtr(arguments: dict[str, Any]) -> None:
+    model = build(ADTRModel, {**arguments, "pre_trained": False})
+    if model is None:
+        return
+    images = torch.rand(2, 3, *arguments["image_size"])
+    features = model.train().extract_features(images)
+    assert_trains(model, NormalLoss()(features, model.reconstruct(features)))
+    assert_scores(model, images)
+
+
+@settings(examples, max_examples=10)  # a vision transformer takes long to build
+@given(
+    st.fixed_dictionaries(
+        {
+            "backbone": choices("resnet18", "vit_tiny_patch16_224"),
+            "image_size": sizes((64, 64), (32, 96)),
+            "feature_stride": mostly(None, 8, 16, bad=(0, -8, 7, 2.5, "8")),
+            "latent_dim": counts(1, 5, 16),
+            "patch_size": counts(1, 2),
+            "num_heads": counts(1, 2, 3),
+            "depth": counts(1, 2),
+            "mlp_ratio": counts(1, 2),
+            "transformer": st.booleans(),
+            "distance": choices("norm", "mse"),
+        }
+    )
+)
+def test_saae(arguments: dict[str, Any]) -> None:
+    model = build(SAAEModel, {**arguments, "pre_trained": False})
+    if model is None or arguments["latent_dim"] is None:
+        return
+    images = torch.rand(2, 3, *arguments["image_size"])
+    features = model.train().extract_features(images)
+    assert_trains(model, SAAELoss(arguments["distance"])(features, model.reconstruct(features)))
+    assert_scores(model, images)
+
+
+@examples
+@given(
+    st.fixed_dictionaries(
+        {
+            "backbone": choices("resnet18"),
+            "image_size": sizes((64, 64), (32, 96)),
+            "patch_size": counts(8, 16, 32),
+            "embed_dim": counts(1, 16),
+            "trained_stages": mostly(0, 1, 4, bad=(-1, 5, 2.5, "4", None)),
+            "patch_wise": st.booleans(),
+            "score_by": choices("features", "stages", "reconstruction"),
+            "sigma": mostly(0.0, 0.05, 4.0, bad=(*NOT_A_NUMBER, -1.0, 20.0)),
+            "vectors_per_chunk": counts(1, 3, 100),
+        }
+    )
+)
+def test_patch_ae(arguments: dict[str, Any]) -> None:
+    model = build(PatchAEModel, {**arguments, "pre_trained": False})
+    if model is None:
+        return
+    images = torch.rand(2, 3, *arguments["image_size"])
+    loss = HybridLoss(0.5, arguments["patch_size"])
+    assert_trains(model, loss(model.decode(model.encode(images)), images))
+    model.bank.fill(model.extract_scored(images).movedim(1, -1).flatten(0, 2)[:7].detach())
+    assert_scores(model, images)
+
+
+@pytest.mark.parametrize("value", [*NOT_A_NUMBER, -1.0])
+@pytest.mark.parametrize(
+    ("model_class", "argument"),
+    [
+        (InTra, "learning_rate"), (InTra, "held_out_fraction"), (InTra, "gms_weight"), (InTra, "ssim_weight"),
+        (ADTR, "learning_rate"), (ADTR, "weight_decay"), (ADTR, "alpha"), (ADTR, "confetti"),
+        (SAAE, "learning_rate"), (SAAE, "explained_variance"),
+        (PatchAE, "learning_rate"), (PatchAE, "coreset_ratio"), (PatchAE, "alpha"), (PatchAE, "sigma"),
+    ],
+)  # fmt: skip
+def test_numbers_of_the_lightning_models(model_class: type[nn.Module], argument: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^{argument}\b.*got {value!r}"):
+        model_class(**{**TINY[model_class.__name__], argument: value})
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, math.nan, True, "4"])
+@pytest.mark.parametrize(
+    ("model_class", "argument"),
+    [
+        (InTra, "windows_per_image"), (InTra, "windows_per_step"), (InTra, "max_held_out"), (InTra, "patience"),
+        (ADTR, "lr_drop_epoch"),
+    ],
+)  # fmt: skip
+def test_counts_of_the_lightning_models(model_class: type[nn.Module], argument: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^{argument} must be .* got {value!r}"):
+        model_class(**{**TINY[model_class.__name__], argument: value})
+
+
+@pytest.mark.parametrize("value", [0, -64, (64, 0), (64,), (64, 64, 64), 64.0, (64.0, 64.0), "64", math.nan, True])
+def test_image_size_of_the_lightning_models(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=r"^image_size must be positive, got .*; pass a whole number of pixels"):
+        build_tiny(name, image_size=value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("defect_probability", math.nan), ("defect_kinds", ["hole"]), ("defect_kinds", []),
+        ("defect_size_range", (math.nan, 0.1)), ("defect_size_range", (0.1, 2.0)), ("defect_aspect_range", (0.0, 1.0)),
+        ("defect_angle_range", (math.nan, 90.0)), ("defect_angle_range", (0.0, math.inf)),
+        ("defect_position_range", (0.0, math.nan)),
+    ],
+)  # fmt: skip
+def test_defects_of_patch_ae(argument: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{argument}"):
+        PatchAE(**TINY["PatchAE"], **{argument: value})

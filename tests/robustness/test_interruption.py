@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Runs that are killed, or whose disk is full: nothing broken is left to be read, and going on loses nothing."""
+
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import openvino
+import pytest
+import torch
+from anomalib.deploy import ExportType
+from anomalib.models import AnomalibModule
+from lightning.pytorch.callbacks import Callback
+
+from .conftest import build, data, engine_in, needs_fork
+
+pytestmark = needs_fork
+EPOCHS = 3
+
+
+def run_in_child(work: Callable[[], object]) -> int:
+    """Run something in a copy of this process; return the signal that killed it, or 0."""
+    torch.set_num_threads(1)  # threads of OpenMP do not survive the fork
+    child = os.fork()
+    if child == 0:
+        signal.alarm(120)
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) * -1
+
+
+class KillAt(Callback):
+    """Kills its process at the n-th of these moments of a training."""
+
+    def __init__(self, moment: int) -> None:
+        self.left = moment
+
+    def _count(self, *args, **kwargs) -> None:
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.left -= 1
+
+    on_train_batch_start = on_before_backward = on_train_epoch_end = _count
+    on_save_checkpoint = on_validation_batch_start = on_train_end = _count
+
+
+def train(name: str, root: Path, folder: Path, ckpt_path: str | None = None, **trainer) -> AnomalibModule:
+    model = build(name)
+    engine_in(folder, max_epochs=EPOCHS, **trainer).fit(model, datamodule=data(root), ckpt_path=ckpt_path)
+    return model
+
+
+@pytest.fixture(scope="module")
+def whole(name: str, stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """Weights, bank, thresholds and all else of a run without interruption."""
+    return train(name, stripes, tmp_path_factory.mktemp("whole")).state_dict()
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_result(
+    name: str, stripes: Path, tmp_path: Path, whole: dict[str, torch.Tensor]
+) -> None:
+    # drawn anew for each model, the same on every run
+    moments = np.random.default_rng(sorted(name.encode())).integers(9, 25, 2)
+    checkpoint: str | None = None
+    for attempt, moment in enumerate(moments):
+        run = partial(train, name, stripes, tmp_path, checkpoint, callbacks=[KillAt(int(moment))])
+        killed_by = run_in_child(run)
+        assert killed_by == signal.SIGKILL or attempt  # what goes on may be finished before its moment comes
+        found = sorted(tmp_path.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+        checkpoint = str(found[-1]) if found else None
+        assert all("state_dict" in torch.load(path, weights_only=True) for path in found)
+    assert checkpoint is not None
+    resumed = train(name, stripes, tmp_path, checkpoint).state_dict()
+    assert resumed.keys() == whole.keys()
+    for key, value in whole.items():
+        assert torch.equal(resumed[key], value), key
+
+
+class FullDisk(Callback):
+    """From an epoch on, no file can become larger than 64 KB."""
+
+    def __init__(self, epoch: int, kill: bool) -> None:
+        self.epoch, self.kill = epoch, kill
+
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
+        if trainer.current_epoch == self.epoch:
+            # what the system sends to the process that writes on; Python ignores it, and gets an OSError
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL if self.kill else signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("kill", [True, False], ids=["killed", "disk full"])
+def test_the_checkpoint_before_survives_a_write_that_breaks_off(
+    name: str, stripes: Path, tmp_path: Path, whole: dict[str, torch.Tensor], kill: bool
+) -> None:
+    def work() -> None:
+        with pytest.raises(OSError, match="File too large"):
+            train(name, stripes, tmp_path / "run", callbacks=[FullDisk(2, kill)])
+        (tmp_path / "told").touch()
+
+    killed_by = run_in_child(work)
+    assert killed_by == (signal.SIGXFSZ if kill else 0)
+    assert (tmp_path / "told").exists() == (not kill)
+    [checkpoint] = (tmp_path / "run").rglob("*.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 1
+    resumed = train(name, stripes, tmp_path / "rest", str(checkpoint)).state_dict()
+    assert all(torch.equal(resumed[key], value) for key, value in whole.items())
+
+
+def assert_broken_off_files_are_refused(files: list[Path], read: Callable[[], object]) -> None:
+    """A file that holds the beginning of what it should cannot be read."""
+    assert files
+    for file in files:
+        content = file.read_bytes()
+        for kept in (0.0, 0.3, 0.9, 0.999):
+            file.write_bytes(content[: int(kept * len(content))])
+            with pytest.raises((RuntimeError, EOFError)):
+                read()
+        file.write_bytes(content)
+    read()
+
+
+def test_an_openvino_export_that_breaks_off_cannot_be_read(exported: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(exported("InTra").parent, tmp_path / "openvino")
+    files = [folder / "model.xml", folder / "model.bin"]
+    assert_broken_off_files_are_refused(files, lambda: openvino.Core().compile_model(files[0], "CPU"))
+
+
+def test_a_torch_export_that_breaks_off_cannot_be_read(name: str, tmp_path: Path) -> None:
+    path = engine_in(tmp_path).export(build(name), ExportType.TORCH, export_root=tmp_path)
+    assert_broken_off_files_are_refused([path], lambda: torch.load(path, weights_only=False))

@@ -24,9 +24,9 @@ WITHOUT_CHANCE = {
     "SAAE": {},
     "PatchAE": {"defect_probability": 0.0, "coreset_ratio": 1.0},
 }
-# of the way that the weights have gone, of thresholds and of metrics of pixels; SAAE normalises by the statistics of a batch,
-# which each process has its own of
-TOLERANCE = {"InTra": 1e-3, "ADTR": 1e-2, "SAAE": 0.2, "PatchAE": 1e-3}
+# of the way that the weights have gone, of the spread of the bank, of thresholds and of metrics of pixels; SAAE and
+# PatchAE normalise by the statistics of a batch, which each process has its own of
+TOLERANCE = {"InTra": 1e-3, "ADTR": 1e-2, "SAAE": 0.2, "PatchAE": 0.2}
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -93,8 +93,9 @@ def test_two_processes_come_to_the_result_of_one(
     for key, value in one.items():
         if key == "model.bank.vectors":  # in another order
             distances = torch.cdist(value, two[key], compute_mode="donot_use_mm_for_euclid_dist")
-            assert float(distances.amin(dim=0).max()) < 1e-3
-            assert float(distances.amin(dim=1).max()) < 1e-3
+            spread = float(value.std(dim=0).norm())
+            assert float(distances.amin(dim=0).max()) < TOLERANCE[model] * spread
+            assert float(distances.amin(dim=1).max()) < TOLERANCE[model] * spread
         elif key.startswith("post_processor."):
             torch.testing.assert_close(two[key], value, rtol=TOLERANCE[model], atol=1e-5)
         elif key in start and value.is_floating_point():

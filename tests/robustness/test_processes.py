@@ -24,8 +24,8 @@ WITHOUT_CHANCE = {
     "SAAE": {},
     "PatchAE": {"defect_probability": 0.0, "coreset_ratio": 1.0},
 }
-# of the way that the weights have gone, of thresholds and of metrics of pixels; SAAE normalises by the statistics of a batch,
-# which each process has its own of
+# of the way that the weights have gone, of thresholds and of metrics of pixels; SAAE normalises by the statistics of a
+# batch, which each process has its own of
 TOLERANCE = {"InTra": 1e-3, "ADTR": 1e-2, "SAAE": 0.2, "PatchAE": 1e-3}
 SCRIPT = """
 import sys

@@ -2,13 +2,11 @@
 
 """Tiny models of all four kinds on tiny data, for what must hold for every model."""
 
-import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 from anomalib.data import MVTecAD
 from anomalib.deploy import ExportType
 from anomalib.engine import Engine
@@ -37,11 +35,6 @@ TINY = {
         "trained_stages": 1, "coreset_ratio": 0.25, "sigma": 2.0, "visualizer": False,
     },
 }  # fmt: skip
-
-needs_fork = pytest.mark.skipif(
-    not hasattr(os, "fork") or torch.cuda.is_available(),
-    reason="a process that uses an accelerator, or another system than Unix, cannot fork",
-)
 
 
 def build(name: str, **arguments) -> AnomalibModule:

@@ -194,6 +194,60 @@ def test_patch_ae(arguments: dict[str, Any]) -> None:
     assert_scores(model, images)
 
 
+NOT_A_CHOICE = ("other", "", None, 1)
+NOT_A_SIZE = ((0, 64), (-64, 64), (1, 1))
+# one wrong argument at a time, which a combination may hide behind another
+WRONG: dict[type[nn.Module], tuple[dict[str, Any], dict[str, tuple[Any, ...]]]] = {
+    InTraModel: (
+        {"image_size": (64, 64), "patch_size": 8, "window_size": 3, "embed_dim": 16, "depth": 1, "num_heads": 2},
+        {
+            "image_size": NOT_A_SIZE, "attention": NOT_A_CHOICE, "position": NOT_A_CHOICE, "readout": NOT_A_CHOICE,
+            **dict.fromkeys(
+                ("patch_size", "window_size", "embed_dim", "depth", "num_heads", "windows_per_chunk"), NOT_A_COUNT
+            ),
+        },
+    ),
+    ADTRModel: (
+        {
+            "backbone": "resnet18", "pre_trained": False, "image_size": (64, 64), "embed_dim": 8, "depth": 1,
+            "num_heads": 1, "mlp_dim": 8,
+        },
+        {
+            "image_size": NOT_A_SIZE, "query": NOT_A_CHOICE, "attention": NOT_A_CHOICE, "backbone": NOT_A_CHOICE,
+            "feature_size": (0, -8, 7, 2.5, (8,), "8", True), "dropout": (*NOT_A_NUMBER, -0.1, 1.0),
+            **dict.fromkeys(("embed_dim", "depth", "num_heads", "mlp_dim", "pool_size"), NOT_A_COUNT),
+        },
+    ),
+    SAAEModel: (
+        {"backbone": "resnet18", "pre_trained": False, "image_size": (64, 64), "latent_dim": 5},
+        {
+            "image_size": NOT_A_SIZE, "distance": NOT_A_CHOICE, "backbone": NOT_A_CHOICE,
+            "feature_stride": (*NOT_A_COUNT[:-1], 7), "latent_dim": NOT_A_COUNT[:-1],
+            **dict.fromkeys(("patch_size", "num_heads", "depth", "mlp_ratio"), NOT_A_COUNT),
+        },
+    ),
+    PatchAEModel: (
+        {"backbone": "resnet18", "pre_trained": False, "image_size": (64, 64), "embed_dim": 8},
+        {
+            "image_size": NOT_A_SIZE, "score_by": NOT_A_CHOICE, "backbone": NOT_A_CHOICE,
+            "sigma": (*NOT_A_NUMBER, -1.0, 16.0), "trained_stages": (-1, 5, 2.5, "4", None),
+            **dict.fromkeys(("patch_size", "embed_dim", "vectors_per_chunk"), NOT_A_COUNT),
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_class", "argument"),
+    [(model_class, argument) for model_class, (_, wrong) in WRONG.items() for argument in wrong],
+)
+def test_each_wrong_argument_is_named(model_class: type[nn.Module], argument: str) -> None:
+    good, wrong = WRONG[model_class]
+    for value in wrong[argument]:
+        with pytest.raises(ValueError, match=rf"^[^\n]*\b{argument}\b[^\n]*$"):
+            model_class(**{**good, argument: value})
+
+
 @pytest.mark.parametrize("value", [*NOT_A_NUMBER, -1.0])
 @pytest.mark.parametrize(
     ("model_class", "argument"),

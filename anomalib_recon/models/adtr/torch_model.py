@@ -17,7 +17,7 @@ Paper:
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from anomalib.data import InferenceBatch
@@ -300,15 +300,15 @@ def find_feature_size(
     }
     if feature_size is None and DEFAULT_STRIDE in sizes:
         return sizes[DEFAULT_STRIDE]
-    size = (feature_size, feature_size) if isinstance(feature_size, int) else feature_size
-    if size is None or tuple(size) not in sizes.values():
+    size = tuple(feature_size) if isinstance(feature_size, Sequence) else (feature_size, feature_size)
+    if size not in sizes.values():
         listed = ", ".join(f"{rows} x {columns}" for rows, columns in sizes.values())
         msg = (
             f"feature_size must be one of {listed}, the sizes of the stages of backbone={backbone!r} for image_size="
             f"{image_size}, got {feature_size}."
         )
         raise ValueError(msg)
-    return tuple(size)  # type: ignore[return-value]  # a list in a YAML file
+    return cast("tuple[int, int]", size)
 
 
 def _check_arguments(

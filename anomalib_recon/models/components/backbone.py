@@ -178,7 +178,7 @@ def create_backbone(name: str, pre_trained: bool, weights: str | Path | None, **
 def _check_name(name: str) -> None:
     try:  # is_model would accept any tag
         timm.get_pretrained_cfg(name, allow_unregistered=False)
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError) as error:  # the latter for what is no text
         msg = f"backbone={name!r} is not a model of timm {timm.__version__}; timm.list_models() lists them."
         raise ValueError(msg) from error
 

@@ -7,6 +7,8 @@ from anomalib.models.components import GaussianBlur2d
 from torch import Tensor, nn
 from torch.nn import functional
 
+from anomalib_recon.models.components import check_finite
+
 
 class AnomalyMapGenerator(nn.Module):
     """Bring the scores of cells or pixels to the size of the images, and smooth them.
@@ -15,11 +17,12 @@ class AnomalyMapGenerator(nn.Module):
         sigma (float): Standard deviation of the Gaussian, in pixels; 0 stands for none.
 
     Raises:
-        ValueError: If it is negative.
+        ValueError: If it is negative or not finite.
     """
 
     def __init__(self, sigma: float) -> None:
         super().__init__()
+        check_finite(sigma=sigma)
         if sigma < 0:
             msg = f"sigma must not be negative, got {sigma}; 0 leaves the map as it is."
             raise ValueError(msg)

@@ -127,6 +127,9 @@ class PatchAEModel(nn.Module):
         self.whitening = Whitening(num_channels if score_by == "stages" else embed_dim)
         self.bank = NormalBank(vectors_per_chunk)
         self.anomaly_map_generator = AnomalyMapGenerator(sigma)
+        if 4 * sigma + 0.5 >= min(image_size):  # the filter reaches so far, and reflects what is inside
+            msg = f"sigma must be below a quarter of image_size, got {sigma} and {image_size[0]} x {image_size[1]}."
+            raise ValueError(msg)
         self.train()
 
     def train(self, mode: bool = True) -> "PatchAEModel":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from anomalib_recon.models.components import BackboneNormalize, FrozenBackbone, create_backbone
+from anomalib_recon.models.components import BackboneNormalize, FrozenBackbone, check_whole, create_backbone
 
 # the output of a vision transformer's linear projection, before positions are added
 PATCH_EMBEDDING = "patch_embed"
@@ -205,6 +205,7 @@ def create_feature_extractor(
     blocks, patch_size = vision_transformer_blocks(name)
     if not blocks:
         stride = DEFAULT_CNN_STRIDE if feature_stride is None else feature_stride
+        check_whole(feature_stride=stride)
         return RegionalFeatures(name, layers, image_size, stride, pre_trained, weights)
     if feature_stride not in {None, patch_size}:
         msg = f"feature_stride must be {patch_size}, the patch size of backbone={name!r}, got {feature_stride}."
@@ -223,7 +224,7 @@ def vision_transformer_blocks(name: str) -> tuple[list[str], int]:
     Returns:
         tuple[list[str], int]: Names of the blocks, none if it is not a vision transformer, and the patch size.
     """
-    if not timm.is_model(name):
+    if not isinstance(name, str) or not timm.is_model(name):
         return [], 0
     with torch.device("meta"):
         model = timm.create_model(name, pretrained=False, num_classes=0)

@@ -140,7 +140,7 @@ def test_the_visualizer_finds_the_function_of_a_field_by_its_name(monkeypatch: p
 
 
 def test_aupro_counts_connected_components() -> None:
-    labels = connected_components_cpu(torch.tensor([[[[1.0, 0, 1]]]]))
+    labels = connected_components_cpu(torch.tensor([[[[1.0, 0, 1], [1, 0, 1]]]]))
     assert len(labels.unique()) == 3
 
 

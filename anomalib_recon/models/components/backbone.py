@@ -111,7 +111,8 @@ class BackboneNormalize(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Normalise images of shape ``(B, 3, H, W)`` with values in [0, 1]."""
         # OpenVINO joins plain arithmetic wrongly with the resize before it, where the size of the input is fixed
-        return functional.batch_norm(images, self.mean, self.std.square(), eps=0.0)
+        # not every torch takes an epsilon of 0; this one is lost in rounding
+        return functional.batch_norm(images, self.mean, self.std.square(), eps=1e-12)
 
 
 def stage_strides(name: str) -> dict[str, int]:

@@ -62,7 +62,7 @@ def score_images(trainer: Trainer, module: AnomalibModule, dataset: AnomalibData
         dataset.subsample(share),
         batch_size=train_loader.batch_size,
         num_workers=train_loader.num_workers,
-        collate_fn=train_loader.collate_fn,
+        collate_fn=dataset.collate_fn,
     )
     training = {part: part.training for part in module.modules()}
     module.eval()

@@ -192,10 +192,7 @@ class FalsePositiveRatePostProcessor(PostProcessor):
         getattr(self, f"{kind}_max").fill_(2 * threshold - scores.lowest)
 
     def _normal_images(self, trainer: Trainer, module: AnomalibModule) -> AnomalibDataset:
-        if self.split == "train":
-            dataset = getattr(trainer.train_dataloader, "dataset", None)
-        else:
-            dataset = getattr(trainer.datamodule, "val_data", None)  # type: ignore[attr-defined]
+        dataset = getattr(trainer.datamodule, f"{self.split}_data", None)  # type: ignore[attr-defined]
         if not isinstance(dataset, AnomalibDataset):
             msg = (
                 f"split={self.split!r} needs a datamodule of anomalib with a {self.split} set; for images held out of "

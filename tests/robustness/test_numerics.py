@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from anomalib_recon.models.components import CachedBatch
 from tests.conftest import save, write_stripes
 
 from .conftest import build, data, engine_in
@@ -58,11 +59,12 @@ def test_a_broken_loss_stops_the_training_and_keeps_the_last_checkpoint(
     name: str, stripes: Path, tmp_path: Path, value: float
 ) -> None:
     class Break(Callback):
-        """Breaks a pixel in the second epoch."""
+        """Breaks images, or the features that are kept of them, in the second epoch."""
 
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
             if trainer.current_epoch == 1 and batch_idx == 1:
-                batch.image[:] = value
+                broken = batch.inputs[0] if isinstance(batch, CachedBatch) else batch.image
+                broken[:] = value
 
     model = build(name)
     engine = engine_in(tmp_path, max_epochs=3, callbacks=[Break()])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from torchvision.transforms.v2 import Compose, RandomHorizontalFlip, Resize
 from anomalib_recon.data import LabelledFolder
 from anomalib_recon.models import ADTR, SAAE
 from anomalib_recon.models.components import CachedBatch
+from anomalib_recon.post_processing import FalsePositiveRatePostProcessor
 from anomalib_recon.pre_processing import ExactResizePreProcessor
 
 ARGUMENTS: dict[type[ADTR | SAAE], dict[str, Any]] = {
@@ -271,3 +272,18 @@ def test_the_log_says_where_features_are(
 def test_a_negative_size_is_refused(model_class: type[ADTR | SAAE]) -> None:
     with pytest.raises(ValueError, match="feature_cache_gib must be positive, or 0 for no cache, got -1"):
         build(model_class, feature_cache_gib=-1)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("model_class", [ADTR, SAAE])
+def test_thresholds_at_a_false_positive_rate_are_the_same(
+    model_class: type[ADTR | SAAE], stripes: Path, tmp_path: Path, split: Literal["train", "val"]
+) -> None:
+    thresholds = []
+    for feature_cache_gib in (0.0, 2.0):
+        post_processor = FalsePositiveRatePostProcessor(pixel_fpr=0.1, image_fpr=0.2, split=split)
+        model = build(model_class, feature_cache_gib=feature_cache_gib, post_processor=post_processor)
+        _, watch = train(model, data(stripes), tmp_path / str(feature_cache_gib))
+        assert any(watch.cached) == (feature_cache_gib > 0)
+        thresholds.append((float(post_processor.image_threshold), float(post_processor.pixel_threshold)))
+    assert thresholds[0] == thresholds[1]

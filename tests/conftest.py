@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 
@@ -41,6 +42,12 @@ def write_stripes(root: Path, size: tuple[int, int] = (64, 64), num_train: int =
         save(image, folder / "test" / "hole" / f"{index:03d}.png")
         save(mask, folder / "ground_truth" / "hole" / f"{index:03d}_mask.png")
     return root
+
+
+def images_in(folder: Path) -> torch.Tensor:
+    """All images of a folder, ``(N, 3, H, W)`` with values in [0, 1]."""
+    images = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*.png"))]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
 
 @pytest.fixture(scope="session")

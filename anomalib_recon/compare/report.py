@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from anomalib_recon.reproduce.training import write_whole
+from anomalib_recon.files import write_whole
 
 from .plots import histograms, roc_curves, speed_against_accuracy
 from .runs import Run

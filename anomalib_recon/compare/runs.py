@@ -14,6 +14,7 @@ from anomalib.cli.cli import AnomalibCLI
 from anomalib.deploy import ExportType
 from anomalib.post_processing import PostProcessor
 
+from anomalib_recon.files import write_whole
 from anomalib_recon.metrics import RawScoreEvaluator
 from anomalib_recon.reproduce.training import (
     Trained,
@@ -22,7 +23,6 @@ from anomalib_recon.reproduce.training import (
     read_json,
     train,
     write_json,
-    write_whole,
 )
 
 from .plots import cases

@@ -9,8 +9,9 @@ from typing import Any
 
 import pandas as pd
 
+from anomalib_recon.files import write_whole
+
 from .table import ALL, Row, Table
-from .training import write_whole
 
 # result of each method and category that has been trained
 Results = Mapping[tuple[str, str], Mapping[str, Any]]

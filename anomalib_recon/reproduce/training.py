@@ -17,7 +17,8 @@ from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Timer
-from lightning.pytorch.utilities import rank_zero_only
+
+from anomalib_recon.files import write_whole
 
 
 class TrainingTime(Timer):
@@ -86,19 +87,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-@rank_zero_only
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
     write_whole(path, json.dumps(content, indent=2).encode())
-
-
-@rank_zero_only
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, and its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.part{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -13,7 +13,6 @@ from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms.v2 import Compose, Normalize, Resize
@@ -22,6 +21,7 @@ from anomalib_recon.data import DemoAD, LabelledFolder
 from anomalib_recon.models import ADTR
 from anomalib_recon.models.adtr.confetti import ConfettiNoise
 from anomalib_recon.models.adtr.loss import pseudo_huber
+from tests.conftest import images_in
 
 SMALL = {
     "backbone": "resnet18", "layers": ["layer1", "layer2"], "pre_trained": False, "image_size": 64, "feature_size": 8,
@@ -101,11 +101,6 @@ def normal_checkpoint(trained: tuple[ADTR, Engine, Probe]) -> str:
 
 def is_finite(model: ADTR) -> bool:
     return bool(model.post_processor.image_threshold.isfinite() and model.post_processor.pixel_threshold.isfinite())
-
-
-def images_in(folder: Path) -> Tensor:
-    images = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*.png"))]
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
 
 def test_reconstruction_improves(trained: tuple[ADTR, Engine, Probe], stripes: Path) -> None:

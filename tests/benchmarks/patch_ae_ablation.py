@@ -32,6 +32,7 @@ from lightning import seed_everything
 from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_recon.data import DemoAD
+from anomalib_recon.files import write_whole
 from anomalib_recon.metrics import RawScoreEvaluator
 from anomalib_recon.models import PatchAE
 from anomalib_recon.models.components import create_backbone, stage_strides
@@ -157,16 +158,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("results/patch_ae_ablation.json"))
     arguments = parser.parse_args()
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
 
     rows: list[dict[str, Any]] = []
     for datamodule in datamodules(arguments):
         for row in arguments.rows:
             rows.append(run(row, datamodule, arguments))
             print(rows[-1], flush=True)
-            part = arguments.output.with_suffix(".part")
-            part.write_text(json.dumps(rows, indent=1))
-            part.replace(arguments.output)
+            write_whole(arguments.output, json.dumps(rows, indent=1).encode())
     print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for row in rows:
         print("| " + " | ".join(map(str, row.values())) + " |")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from anomalib.cli.cli import AnomalibCLI
 
+from anomalib_recon.files import write_whole
 from anomalib_recon.models.intra import image_size
 
 MODEL = {"patch_size": 8, "window_size": 3, "embed_dim": 16, "depth": 2, "num_heads": 2, "windows_per_image": 10}
@@ -47,7 +48,7 @@ def test_the_next_size_is_taken_while_it_is_better(
 ) -> None:
     sizes = [48, 64, 96]
     for size, loss in zip(sizes, losses, strict=True):  # the results of runs that have finished
-        image_size.write(tmp_path / str(size) / "held_out_losses.json", json.dumps([loss]))
+        write_whole(tmp_path / str(size) / "held_out_losses.json", json.dumps([loss]).encode())
     assert image_size.main(arguments(stripes, tmp_path, sizes)) == chosen
     table = capsys.readouterr().out.splitlines()[1:-1]
     assert [int(line.split()[0]) for line in table] == compared

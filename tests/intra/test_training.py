@@ -19,7 +19,7 @@ from PIL import Image
 
 from anomalib_recon.models import InTra
 from anomalib_recon.models.intra.training_images import rotate_and_flip
-from tests.conftest import write_stripes
+from tests.conftest import images_in, write_stripes
 
 SMALL = {"image_size": 64, "patch_size": 8, "window_size": 5, "embed_dim": 32, "depth": 3, "num_heads": 2}
 SCHEDULE = {"windows_per_image": 40, "windows_per_step": 64, "learning_rate": 2e-3}
@@ -69,11 +69,6 @@ def trained(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[In
     probe = Probe()
     model, engine = train(stripes, tmp_path_factory.mktemp("results"), callbacks=[probe], max_epochs=6)
     return model, engine, probe
-
-
-def images_in(folder: Path) -> torch.Tensor:
-    images = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*.png"))]
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
 
 def test_held_out_reconstruction_improves(trained: tuple[InTra, Engine, Probe]) -> None:

@@ -5,19 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback, EarlyStopping
-from PIL import Image
 from torch import nn
 
 from anomalib_recon.data import DemoAD
 from anomalib_recon.models import PatchAE
 from anomalib_recon.post_processing import FalsePositiveRatePostProcessor
+from tests.conftest import images_in
 
 SMALL = {
     "backbone": "resnet18", "pre_trained": False, "image_size": 64, "embed_dim": 16, "learning_rate": 1e-3,
@@ -60,11 +59,6 @@ def trained(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     probe = Probe()
     model, engine = train(stripes, tmp_path_factory.mktemp("results"), callbacks=[probe], max_epochs=6)
     return model, engine, probe
-
-
-def images_in(folder: Path) -> torch.Tensor:
-    images = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*.png"))]
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
 
 def features_of(model: PatchAE, root: Path) -> torch.Tensor:

@@ -22,6 +22,8 @@ from anomalib.engine import Engine
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from lightning.pytorch import Trainer, seed_everything
 
+from anomalib_recon.files import write_whole
+
 from .lightning_model import InTra
 
 MIN_IMPROVEMENT = 1e-4
@@ -72,7 +74,7 @@ def held_out_losses(config: Namespace, parser: ArgumentParser, image_size: int) 
     engine = Engine(**trainer_arguments)
     engine.fit(objects.model, datamodule=objects.data, ckpt_path=checkpoints[-1] if checkpoints else None)
 
-    write(result, json.dumps(objects.model.held_out_losses))
+    write_whole(result, json.dumps(objects.model.held_out_losses).encode())
     return objects.model.held_out_losses
 
 
@@ -81,14 +83,6 @@ def with_image_size(config: Namespace, image_size: int, **init_args: int) -> Nam
     config = config.clone()
     config.model.init_args.update(Namespace(image_size=image_size, **init_args))
     return config
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def build_parser() -> ArgumentParser:
@@ -135,7 +129,7 @@ def main(args: Sequence[str] | None = None) -> int:
     ready = with_image_size(config, chosen)
     for key in ("config", "image_sizes", "epochs", "output"):
         ready.pop(key, None)
-    write(path, parser.dump(ready, skip_none=True, skip_default=True, skip_check=True))
+    write_whole(path, parser.dump(ready, skip_none=True, skip_default=True, skip_check=True).encode())
     print(f"anomalib train --config {path}")
     return chosen
 

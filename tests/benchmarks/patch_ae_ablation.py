@@ -46,6 +46,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "patch-wise": {"defect_probability": 0.0},
     "defects": {"patch_wise": False},
     "full": {},
+    "full, all stages trained": {"trained_stages": 4},
     "full, by stages": {"score_by": "stages"},
     "untrained": NO_STEPS,
     "untrained, by stages": {**NO_STEPS, "score_by": "stages"},

@@ -86,7 +86,7 @@ class PatchAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type
             Defaults to ``512``.
         trained_stages (int): Number of the backbone's stages that are trained, counted from the last one. With all
             four, what comes before them is trained, too; with 0 the backbone stays as it is.
-            Defaults to ``4``.
+            Defaults to ``1``.
         patch_wise (bool): Decode each vector alone. Otherwise the decoder has 3 x 3 convolutions in place of the
             1 x 1 (ablation).
             Defaults to ``True``.
@@ -143,7 +143,7 @@ class PatchAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type
         image_size: int | tuple[int, int] | None = None,
         patch_size: int = 8,
         embed_dim: int = 512,
-        trained_stages: int = 4,
+        trained_stages: int = 1,
         patch_wise: bool = True,
         alpha: float = 0.5,
         defect_probability: float = 0.5,

@@ -59,7 +59,7 @@ class PatchAEModel(nn.Module):
             Defaults to ``512``.
         trained_stages (int): Number of stages that are trained, counted from the last one. With all four, what comes
             before them is trained, too; with 0 the backbone stays as it is.
-            Defaults to ``4``.
+            Defaults to ``1``.
         patch_wise (bool): Decode each vector alone. Otherwise the decoder has 3 x 3 convolutions in place of the
             1 x 1 (ablation).
             Defaults to ``True``.
@@ -84,7 +84,7 @@ class PatchAEModel(nn.Module):
         image_size: tuple[int, int] = (256, 256),
         patch_size: int = 8,
         embed_dim: int = 512,
-        trained_stages: int = NUM_STAGES,
+        trained_stages: int = 1,
         patch_wise: bool = True,
         score_by: Literal["features", "stages", "reconstruction"] = "features",
         sigma: float = 4.0,

@@ -2,13 +2,10 @@
 
 """Tiny models of all four kinds on tiny data, for what must hold for every model."""
 
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
 from anomalib.data import MVTecAD
-from anomalib.deploy import ExportType
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
 from lightning import seed_everything
@@ -70,16 +67,3 @@ def trained(name: str, stripes: Path, tmp_path_factory: pytest.TempPathFactory) 
     engine = engine_in(tmp_path_factory.mktemp(name))
     engine.fit(model, datamodule=data(stripes))
     return model, checkpoint_of(engine)
-
-
-@pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Export an untrained model, with raw scores, to OpenVINO; each once."""
-
-    @cache
-    def export(name: str) -> Path:
-        folder = tmp_path_factory.mktemp("exported")
-        model = build(name, post_processor=False)
-        return engine_in(folder).export(model, ExportType.OPENVINO, export_root=folder)
-
-    return export

@@ -3,17 +3,12 @@
 """anomalib's ways to use a model, for each of ours: those of its engine and those of its command line."""
 
 import re
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from anomalib.cli.cli import AnomalibCLI
-from anomalib.data import NumpyImageBatch, PredictDataset
-from anomalib.deploy import ExportType, OpenVINOInferencer
+from anomalib.data import PredictDataset
 from anomalib.models import AnomalibModule, get_model, list_models
 
 from anomalib_recon import models
@@ -50,15 +45,6 @@ def test_fit_validate_test_and_predict(
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)
 
 
-def test_export(trained: tuple[AnomalibModule, str], tmp_path: Path) -> None:
-    """Exports to ONNX and OpenVINO take long; each model's own tests make them."""
-    path = engine_in(tmp_path).export(trained[0], ExportType.TORCH, export_root=tmp_path, ckpt_path=trained[1])
-    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected, result = trained[0].eval()(images), torch.load(path, weights_only=False)["model"](images)
-    torch.testing.assert_close(result.pred_score, expected.pred_score)
-
-
 def command(name: str, subcommand: str, *args: str | Path) -> AnomalibCLI:
     """Run ``anomalib`` in this process."""
     arguments = [f"--model.{argument}={value}" for argument, value in TINY[name].items()]
@@ -89,23 +75,3 @@ def test_a_wrong_argument_on_the_command_line_is_named_on_a_line_of_its_own(
     # jsonargparse puts its own lines around ours
     with pytest.raises(ValueError, match=rf"(?m)^ *-? *{re.escape(words)}"):
         command(name, "train", "--data=DemoAD", f"--model.{argument}")
-
-
-@pytest.mark.parametrize("model", ["InTra", "ADTR"])
-def test_openvino_models_in_threads(model: str, exported: Callable[[str], Path]) -> None:
-    """An inferencer of anomalib serves one thread: others are told that it is busy. Each thread has its own."""
-    path = exported(model)
-    images = list(np.random.default_rng(0).random((16, 64, 64, 3), dtype=np.float32))
-    own = threading.local()
-
-    def predict(image: np.ndarray) -> NumpyImageBatch:
-        if not hasattr(own, "inferencer"):
-            own.inferencer = OpenVINOInferencer(path, config={"INFERENCE_PRECISION_HINT": "f32"})
-        return own.inferencer.predict(image)
-
-    expected = [predict(image) for image in images]
-    assert np.ptp([single.pred_score for single in expected]) > 0
-    with ThreadPoolExecutor(4) as pool:
-        for result, single in zip(pool.map(predict, images), expected, strict=True):
-            np.testing.assert_allclose(result.pred_score, single.pred_score, atol=1e-6)
-            np.testing.assert_allclose(result.anomaly_map, single.anomaly_map, atol=1e-6)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from anomalib.data import AnomalibDataModule, Folder
+from anomalib.data import AnomalibDataModule, Folder, PredictDataset
 from anomalib.data.errors import MisMatchError
 from anomalib.data.utils import read_image, read_mask
 from anomalib.models import AnomalibModule
@@ -22,6 +22,7 @@ from tests.conftest import write_stripes
 
 from .conftest import build, data, engine_in
 
+NOT_AS_ROOT = pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="this user can read every file")
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
 
 
@@ -88,11 +89,6 @@ def test_images_that_anomalib_reads_are_let_through(tmp_path: Path, file_name: s
     assert np.array_equal((read_image(path, as_tensor=True) * 255).round().permute(1, 2, 0), expected)
 
 
-def test_a_large_photo_is_let_through(tmp_path: Path) -> None:
-    Image.new("L", (4000, 3000), 128).save(tmp_path / "photo.jpg")
-    check_image_files([tmp_path / "photo.jpg"])
-
-
 @pytest.mark.parametrize("file_name", BAD)
 def test_images_that_would_break_or_be_clipped_are_refused(tmp_path: Path, file_name: str) -> None:
     write, words = BAD[file_name]
@@ -128,7 +124,7 @@ def test_damaged_files_are_read_or_refused(tmp_path: Path, suffix: str) -> None:
     assert "refused" in outcomes
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="every file can be read by this user")
+@NOT_AS_ROOT
 def test_files_without_permission_are_refused(tmp_path: Path) -> None:
     PICTURE.save(tmp_path / "secret.png")
     (tmp_path / "secret.png").chmod(0)
@@ -175,8 +171,9 @@ def test_training_and_test_images_of_all_kinds(name: str, tmp_path: Path) -> Non
 
 def test_predicted_images_of_all_kinds(trained: tuple[AnomalibModule, str], tmp_path: Path) -> None:
     write_good(tmp_path / "images")
+    Image.new("L", (4000, 3000), 128).save(tmp_path / "images" / "photo.jpg")
     batches = engine_in(tmp_path / "results").predict(trained[0], data_path=tmp_path / "images")
-    assert len(batches) == len(GOOD)
+    assert len(batches) == len(GOOD) + 1
     model = trained[0].eval()
     for batch in batches:
         with torch.no_grad():
@@ -247,10 +244,29 @@ def test_folders_must_have_ascii_names_for_anomalib(tmp_path: Path) -> None:
         data(root).setup()
 
 
-def test_a_folder_without_images_is_refused_by_anomalib(trained: tuple[AnomalibModule, str], tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    with pytest.raises(ValueError, match="Found 0 images in"):
-        engine_in(tmp_path).predict(trained[0], data_path=tmp_path / "images")
+def lock(folder: Path) -> None:
+    folder.mkdir()
+    PICTURE.save(folder / "0.png")
+    folder.chmod(0)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        pytest.param(lambda folder: None, "Path does not exist: ", id="missing"),
+        pytest.param(Path.mkdir, "Found 0 (normal )?images in ", id="empty"),
+        pytest.param(lock, "permissions denied for the path: ", id="unreadable", marks=NOT_AS_ROOT),
+    ],
+)
+def test_a_folder_without_images_is_refused_by_anomalib(
+    tmp_path: Path, make: Callable[[Path], None], words: str
+) -> None:
+    folder = tmp_path / "good"
+    make(folder)
+    with pytest.raises((OSError, RuntimeError, ValueError), match=f"{words}{folder}"):
+        Folder("good", normal_dir=folder, test_split_mode="none", val_split_mode="none").setup()
+    with pytest.raises((OSError, RuntimeError, ValueError), match=f"{words}{folder}"):
+        PredictDataset(folder)
 
 
 @pytest.mark.parametrize(("count", "refused"), [(1, {"InTra"}), (2, set())])

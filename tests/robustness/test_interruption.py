@@ -5,16 +5,14 @@
 import multiprocessing
 import os
 import resource
-import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import openvino
 import pytest
 import torch
-from anomalib.deploy import ExportType
 from anomalib.models import AnomalibModule
 from lightning.pytorch.callbacks import Callback
 
@@ -63,6 +61,14 @@ class FullDisk(Callback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
 
 
+class KillWhileCaching(Callback):
+    """Kills its process after the first batch, when features of some images are in a file of the run's folder."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        assert str(trainer.default_root_dir) in Path("/proc/self/maps").read_text()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def train(name: str, root: Path, folder: Path, ckpt_path: str | None = None, **trainer) -> AnomalibModule:
     model = build(name)
     engine_in(folder, max_epochs=EPOCHS, **trainer).fit(model, datamodule=data(root), ckpt_path=ckpt_path)
@@ -71,6 +77,11 @@ def train(name: str, root: Path, folder: Path, ckpt_path: str | None = None, **t
 
 def train_until_killed(name: str, root: Path, folder: Path, ckpt_path: str | None, moment: int) -> None:
     train(name, root, folder, ckpt_path, callbacks=[KillAt(moment)])
+
+
+def train_until_killed_while_caching(name: str, root: Path, folder: Path) -> None:
+    model = build(name, feature_cache_gib=1e-9)  # about one byte
+    engine_in(folder, callbacks=[KillWhileCaching()]).fit(model, datamodule=data(root))
 
 
 def train_until_the_disk_is_full(name: str, root: Path, folder: Path, kill: bool) -> None:
@@ -104,6 +115,13 @@ def test_a_run_that_is_killed_goes_on_to_the_same_result(
         assert torch.equal(resumed[key], value), key
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("model", ["ADTR", "SAAE"])
+def test_a_run_that_is_killed_while_it_caches_leaves_no_file(model: str, stripes: Path, tmp_path: Path) -> None:
+    assert run_in_child(train_until_killed_while_caching, model, stripes, tmp_path) == signal.SIGKILL
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 @pytest.mark.parametrize("kill", [True, False], ids=["killed", "disk full"])
 def test_the_checkpoint_before_survives_a_write_that_breaks_off(
     name: str, stripes: Path, tmp_path: Path, whole: dict[str, torch.Tensor], kill: bool
@@ -115,27 +133,3 @@ def test_the_checkpoint_before_survives_a_write_that_breaks_off(
     assert torch.load(checkpoint, weights_only=True)["epoch"] == 1
     resumed = train(name, stripes, tmp_path / "rest", str(checkpoint)).state_dict()
     assert all(torch.equal(resumed[key], value) for key, value in whole.items())
-
-
-def assert_broken_off_files_are_refused(files: list[Path], read: Callable[[], object]) -> None:
-    """A file that holds the beginning of what it should cannot be read."""
-    assert files
-    for file in files:
-        content = file.read_bytes()
-        for kept in (0.0, 0.3, 0.9, 0.999):
-            file.write_bytes(content[: int(kept * len(content))])
-            with pytest.raises((RuntimeError, EOFError, OSError)):
-                read()
-        file.write_bytes(content)
-    read()
-
-
-def test_an_openvino_export_that_breaks_off_cannot_be_read(exported: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = shutil.copytree(exported("InTra").parent, tmp_path / "openvino")
-    files = [folder / "model.xml", folder / "model.bin"]
-    assert_broken_off_files_are_refused(files, lambda: openvino.Core().compile_model(files[0], "CPU"))
-
-
-def test_a_torch_export_that_breaks_off_cannot_be_read(name: str, tmp_path: Path) -> None:
-    path = engine_in(tmp_path).export(build(name), ExportType.TORCH, export_root=tmp_path)
-    assert_broken_off_files_are_refused([path], lambda: torch.load(path, weights_only=False))

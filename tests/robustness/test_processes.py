@@ -1,53 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Two processes train, fit and test to the figures of one."""
+"""Two processes train, fit and test to the figures of one that sees the same halves of each batch."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from anomalib.data import Batch, MVTecAD
+from anomalib.models import AnomalibModule
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
+from anomalib_recon.models import InTra, PatchAE
+from anomalib_recon.models.components import CachedBatch
+from anomalib_recon.models.intra.training_images import rotate_and_flip
+from anomalib_recon.post_processing import FalsePositiveRatePostProcessor
 from tests.conftest import write_stripes
 
-from .conftest import TINY, build, data, engine_in
+from .conftest import TINY, build, engine_in
 
-# What differs between one process with all images in a batch and two with half of them each is nothing but random
-# numbers, so there are none; what InTra draws does not move its weights.
-WITHOUT_CHANCE = {
-    "InTra": {"learning_rate": 1e-30, "held_out_fraction": 0.01},
-    "ADTR": {"dropout": 0.0},
-    "SAAE": {},
-    "PatchAE": {"defect_probability": 0.0, "coreset_ratio": 1.0},
-}
-# of the way that the weights have gone, of the spread of the bank, of thresholds and of metrics of pixels; SAAE and
-# PatchAE normalise by the statistics of a batch, which each process has its own of
-TOLERANCE = {"InTra": 1e-3, "ADTR": 1e-2, "SAAE": 0.2, "PatchAE": 0.2}
+# Processes draw dropout and defects of their own, so there are none. InTra's windows are drawn as in each process.
+WITHOUT_CHANCE = {"InTra": {}, "ADTR": {"dropout": 0.0}, "SAAE": {}, "PatchAE": {"defect_probability": 0.0}}
+LEARNING_RATE = {"InTra": 1.0, "ADTR": 1e-3, "SAAE": 1e-3, "PatchAE": 0.1}
+# of the way that the weights have gone, of the spread of the bank, of thresholds, and of metrics: single precision adds
+# up in another order, and what has become of that after a few steps and in the whitening
+TOLERANCE = 1e-4
+EPOCHS = 2
+# of a process: 11 images, of which one is there twice, are batches of 4 and 2 in each
+BATCH_SIZE = 4
 SCRIPT = """
 import sys
 from pathlib import Path
-from tests.robustness.test_processes import TINY, train
+from tests.robustness.test_processes import TINY, build_for_processes, data, train, without_validation
 
-even, uneven, folder = map(Path, sys.argv[1:])
+root, folder = map(Path, sys.argv[1:])
+two = {"devices": 2, "strategy": "ddp"}
 for name in TINY:
-    train(name, even, folder / name / "even", devices=2, strategy="ddp", batch_size=6)
-    # of 11 images, one is there twice: 4 and 2 in each process
-    train(name, uneven, folder / name / "uneven", devices=2, strategy="ddp", batch_size=4)
+    train(build_for_processes(name), data(root), folder / name, **two)
+train(*without_validation(root), folder / "without validation", **two)
 """
 
 
 class Write(Callback):
-    """Writes what a process has come to."""
+    """Writes what a process starts with, and what it comes to."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def on_fit_end(self, trainer, pl_module) -> None:
+    def on_train_start(self, trainer, pl_module) -> None:
+        torch.save(pl_module.state_dict(), self.folder / f"start{trainer.global_rank}.pt")
+
+    def on_test_start(self, trainer, pl_module) -> None:
         torch.save(pl_module.state_dict(), self.folder / f"{trainer.global_rank}.pt")
 
     def on_test_end(self, trainer, pl_module) -> None:
@@ -55,20 +65,152 @@ class Write(Callback):
         (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(metrics))
 
 
-def train(name: str, root: Path, folder: Path, batch_size: int, **trainer) -> None:
-    engine = engine_in(folder / "results", callbacks=[Write(folder)], **trainer)
-    engine.train(build(name, **WITHOUT_CHANCE[name]), datamodule=data(root, train_batch_size=batch_size))
+def build_for_processes(name: str, **arguments) -> AnomalibModule:
+    """The same model on every call, trained by gradient descent.
+
+    A step of Adam is as long where a gradient is zero but for rounding (as those of biases before a normalisation or a
+    softmax are) as elsewhere, and would make these few weights random ones.
+    """
+    model = build(name, **WITHOUT_CHANCE[name], **arguments)
+
+    def configure_optimizers() -> torch.optim.Optimizer:
+        return torch.optim.SGD((weight for weight in model.parameters() if weight.requires_grad), LEARNING_RATE[name])
+
+    model.configure_optimizers = configure_optimizers
+    return model
+
+
+def data(root: Path, **arguments) -> MVTecAD:
+    return MVTecAD(
+        root=root, category="stripes", train_batch_size=BATCH_SIZE, eval_batch_size=3, num_workers=0, **arguments
+    )
+
+
+def without_validation(root: Path) -> tuple[AnomalibModule, MVTecAD]:
+    """SAAE, each process of which has statistics of its own, and thresholds from the training images."""
+    model = build_for_processes("SAAE", post_processor=FalsePositiveRatePostProcessor(pixel_fpr=0.1, image_fpr=0.2))
+    return model, data(root, val_split_mode="none")
+
+
+def train(model: AnomalibModule, datamodule: MVTecAD, folder: Path, **trainer) -> None:
+    engine = engine_in(folder / "results", max_epochs=EPOCHS, callbacks=[Write(folder)], **trainer)
+    engine.train(model, datamodule=datamodule)
+
+
+class BothShares(Sampler[int]):
+    """Batch by batch, the images that the first of two processes draws, and those that the second does."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.shares = [DistributedSampler(dataset, num_replicas=2, rank=rank) for rank in (0, 1)]
+
+    def set_epoch(self, epoch: int) -> None:
+        for share in self.shares:
+            share.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        first, second = map(list, self.shares)
+        for start in range(0, len(first), BATCH_SIZE):
+            part = slice(start, start + BATCH_SIZE)
+            yield from first[part] + second[part]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.shares))
+
+
+class DataOfBoth(MVTecAD):
+    """Gives one process the batches of two, joined."""
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(
+            self.train_data,
+            batch_size=2 * BATCH_SIZE,
+            sampler=BothShares(self.train_data),
+            collate_fn=self.train_data.collate_fn,
+        )
+
+
+def halves(batch: Batch | CachedBatch) -> list[Batch | CachedBatch]:
+    if isinstance(batch, CachedBatch):
+        return [CachedBatch(parts) for parts in zip(*(part.chunk(2) for part in batch.inputs), strict=True)]
+    items = list(batch)
+    return [batch.collate(part) for part in (items[: len(items) // 2], items[len(items) // 2 :])]
+
+
+def set_statistics(model: AnomalibModule, values: list[Tensor]) -> None:
+    for statistic, value in zip(statistics_of(model), values, strict=True):
+        statistic.data.copy_(value)  # the backward pass would take any other change for one of its inputs
+
+
+def statistics_of(model: AnomalibModule) -> list[Tensor]:
+    """What batch normalisation changes in a step."""
+    trained = [part for part in model.modules() if isinstance(part, torch.nn.BatchNorm2d) and part.training]
+    return [statistic for part in trained for statistic in (part.running_mean, part.running_var)]
+
+
+def step_in_halves(model: AnomalibModule) -> None:
+    """Let a model take its steps on the mean loss of both halves of a batch.
+
+    Running statistics are those of the first half, with which processes begin their next step, and in the end the mean.
+    """
+    step = model.training_step
+
+    def training_step(batch: Batch | CachedBatch, *args) -> Tensor:
+        losses, statistics = [], []
+        before = [statistic.clone() for statistic in statistics_of(model)]
+        for half in halves(batch):
+            set_statistics(model, before)
+            losses.append(step(half))
+            statistics.append([statistic.clone() for statistic in statistics_of(model)])
+        last = model.trainer.is_last_batch and model.current_epoch == EPOCHS - 1
+        mean = [(first + second) / 2 for first, second in zip(*statistics, strict=True)]
+        set_statistics(model, mean if last else statistics[0])
+        return (losses[0] + losses[1]) / 2
+
+    model.training_step = training_step
+
+
+def step_with_windows_of_both(model: InTra) -> None:
+    """Let InTra draw the windows of two processes, each from its half of a batch, and step on their mean loss."""
+
+    def draw(images: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
+        network = model.model
+        patches = network.patchify(rotate_and_flip(images, generator))
+        tokens, covered = network.draw_windows(len(index), generator)
+        original = patches[index, tokens[torch.arange(len(index)), covered]]
+        return model.loss(network.pixels(network.inpaint(patches, index, tokens, covered)), network.pixels(original))
+
+    def training_step(batch: Batch, *args) -> None:
+        seed = int(torch.randint(2**31, ()))
+        generators = [torch.Generator().manual_seed(seed + rank) for rank in (0, 1)]
+        shares = [model._training_images(half) for half in halves(batch)]
+        count = model.windows_per_image * max(map(len, shares))
+        orders = [
+            torch.randperm(count, generator=generator) % len(images)
+            for images, generator in zip(shares, generators, strict=True)
+        ]
+        for indices in zip(*(order.split(model.windows_per_step // 2) for order in orders), strict=True):
+            losses = [draw(*share) for share in zip(shares, indices, generators, strict=True)]
+            model.optimizers().zero_grad()
+            model.manual_backward(sum(losses) / 2)
+            model.optimizers().step()
+
+    model.training_step = training_step
 
 
 @pytest.fixture(scope="module")
-def two_processes(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eleven training images."""
+    return write_stripes(tmp_path_factory.mktemp("uneven"), num_train=11)
+
+
+@pytest.fixture(scope="module")
+def two_processes(uneven: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with what two processes have come to, for all models."""
     folder = tmp_path_factory.mktemp("two")
-    uneven = write_stripes(folder / "data", num_train=11)
     (folder / "script.py").write_text(SCRIPT)
     project = Path(__file__).parents[2]
     subprocess.run(
-        [sys.executable, folder / "script.py", stripes, uneven, folder],
+        [sys.executable, folder / "script.py", uneven, folder],
         check=True,
         cwd=project,
         env={**os.environ, "PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"},
@@ -77,44 +219,62 @@ def two_processes(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-def read_state(path: Path) -> dict[str, torch.Tensor]:
+def read_state(path: Path) -> dict[str, Tensor]:
     return torch.load(path, weights_only=True)
 
 
 @pytest.mark.parametrize("model", TINY)
-def test_two_processes_come_to_the_result_of_one(
-    two_processes: Path, model: str, stripes: Path, tmp_path: Path
-) -> None:
-    train(model, stripes, tmp_path, batch_size=12)
-    one, two = read_state(tmp_path / "0.pt"), read_state(two_processes / model / "even" / "0.pt")
+def test_two_processes_come_to_the_result_of_one(two_processes: Path, model: str, uneven: Path, tmp_path: Path) -> None:
+    of_both = build_for_processes(model)
+    (step_with_windows_of_both if model == "InTra" else step_in_halves)(of_both)
+    train(of_both, DataOfBoth(root=uneven, category="stripes", eval_batch_size=3, num_workers=0), tmp_path)
+
+    start = read_state(tmp_path / "start0.pt")
+    one, two = read_state(tmp_path / "0.pt"), read_state(two_processes / model / "0.pt")
     assert one.keys() == two.keys()
-    start = build(model, **WITHOUT_CHANCE[model]).state_dict()
+    weights = {key for key, weight in of_both.named_parameters() if weight.requires_grad}
     moved, apart = 0.0, 0.0
     for key, value in one.items():
-        if key == "model.bank.vectors":  # in another order, and all shifted alike, as are those to be compared
-            vectors, others = value - value.mean(dim=0), two[key] - two[key].mean(dim=0)
-            distances = torch.cdist(vectors, others, compute_mode="donot_use_mm_for_euclid_dist")
-            spread = float(value.std(dim=0).norm())
-            assert float(distances.amin(dim=0).max()) < TOLERANCE[model] * spread
-            assert float(distances.amin(dim=1).max()) < TOLERANCE[model] * spread
-        elif key.startswith("post_processor."):
-            torch.testing.assert_close(two[key], value, rtol=TOLERANCE[model], atol=1e-5)
-        elif key in start and value.is_floating_point():
+        if key == "model.bank.vectors":  # in another order
+            distances = torch.cdist(value, two[key], compute_mode="donot_use_mm_for_euclid_dist")
+            for nearest in (distances.amin(dim=0), distances.amin(dim=1)):
+                assert float(nearest.max()) < TOLERANCE * float(value.std(dim=0).norm())
+        elif key in weights:
             moved += float((value - start[key]).square().sum())
             apart += float((value - two[key]).square().sum())
-    assert apart <= TOLERANCE[model] ** 2 * moved
-    folders = tmp_path, two_processes / model / "even"
-    metrics, other = (json.loads((folder / "0.json").read_text()) for folder in folders)
-    for metric in ("pixel_AUROC", "pixel_F1Score", "pixel_AUPRO"):  # ten images resolve no small difference
-        assert other[metric] == pytest.approx(metrics[metric], abs=TOLERANCE[model])
+        elif value.is_floating_point():  # what has been fitted
+            torch.testing.assert_close(two[key], value, rtol=TOLERANCE, atol=1e-5)
+    print(model, moved, apart, (apart / moved) ** 0.5)
+    assert apart <= TOLERANCE**2 * moved
+    metrics, others = (json.loads((folder / "0.json").read_text()) for folder in (tmp_path, two_processes / model))
+    assert others == pytest.approx(metrics, abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("batches", ["even", "uneven"])
-@pytest.mark.parametrize("model", TINY)
-def test_two_processes_have_one_model(two_processes: Path, model: str, batches: str) -> None:
-    first, second = (read_state(two_processes / model / batches / f"{rank}.pt") for rank in (0, 1))
+@pytest.mark.parametrize("run", [*TINY, "without validation"])
+def test_two_processes_have_one_model(two_processes: Path, run: str) -> None:
+    first, second = (read_state(two_processes / run / f"{rank}.pt") for rank in (0, 1))
     for key, value in first.items():
         assert torch.equal(second[key], value), key
         assert value.isfinite().all(), key
-    metrics, others = ((two_processes / model / batches / f"{rank}.json").read_text() for rank in (0, 1))
+    metrics, others = ((two_processes / run / f"{rank}.json").read_text() for rank in (0, 1))
     assert metrics == others
+
+
+def test_two_processes_train_from_the_command_line(uneven: Path, tmp_path: Path) -> None:
+    arguments = [f"--model.{argument}={value}" for argument, value in TINY["PatchAE"].items()]
+    trainer = [f"--trainer.{option}" for option in ("accelerator=cpu", "devices=2", "strategy=ddp", "max_epochs=1")]
+    options = [f"--data.root={uneven}", "--data.category=stripes", "--data.num_workers=0"]
+    command = Path(sys.executable).with_name("anomalib")
+    output = subprocess.run(
+        [command, "train", "--model=PatchAE", *arguments, "--data=MVTecAD", *options, *trainer],
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    ).stdout
+    assert output.count("pixel_AUPRO") == 1
+    [checkpoint] = tmp_path.rglob("*.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 0
+    assert PatchAE.load_from_checkpoint(checkpoint).model.bank.vectors.isfinite().all()

@@ -3,10 +3,11 @@
 """Validation at the end of training only, where each validation costs as much as an epoch."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
 
 
 class DeferredValidation(Callback):
@@ -78,9 +79,18 @@ class ValidationAtEnd(DeferredValidation):
         Args:
             trainer (Trainer): The trainer that is fitting.
         """
+        _average_statistics(trainer)
         if self._prepare:
             self._prepare()
         super().validate(trainer)
+
+
+def _average_statistics(trainer: Trainer) -> None:
+    """Give all processes the same running statistics: after its last step, each has those of its own images."""
+    for part in trainer.lightning_module.modules():
+        if isinstance(part, nn.BatchNorm2d) and part.training:
+            for statistic in (cast("Tensor", part.running_mean), cast("Tensor", part.running_var)):
+                statistic.copy_(cast("Tensor", trainer.strategy.reduce(statistic, reduce_op="mean")))
 
 
 def save_anew(trainer: Trainer) -> None:

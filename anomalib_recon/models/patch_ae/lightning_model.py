@@ -288,9 +288,6 @@ class PatchAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type
         dataset = self._normal_training_images()
         # a process without an image repeats the first: a vector more than once changes no distance
         share = range(self.global_rank, len(dataset), self.trainer.world_size) or range(1)
-        for statistic in self.model.standardize.buffers():
-            if statistic.is_floating_point():  # each process has that of its own images
-                statistic.copy_(cast("Tensor", self.trainer.strategy.reduce(statistic, reduce_op="mean")))
         transform = getattr(self.pre_processor, "transform", None)
         self.eval()
         parts = []

@@ -153,7 +153,8 @@ class FalsePositiveRatePostProcessor(PostProcessor):
         final = {name: value.to("cpu", copy=True) for name, value in module.state_dict().items()}
         for path in paths:
             checkpoint = trainer.strategy.checkpoint_io.load_checkpoint(path, map_location="cpu")
-            if not _same_weights(checkpoint["state_dict"], final):
+            # each process may have running statistics of its own, and all score or none
+            if not trainer.strategy.broadcast(_same_weights(checkpoint["state_dict"], final)):
                 module.load_state_dict(checkpoint["state_dict"])
                 self._set_thresholds(trainer, module)
             checkpoint["state_dict"].update(self.state_dict(prefix="post_processor."))

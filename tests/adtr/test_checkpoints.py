@@ -72,7 +72,7 @@ def test_engine_exports_a_checkpoint(trained: tuple[ADTR, str], tmp_path: Path) 
     engine = Engine(default_root_dir=tmp_path, accelerator="cpu")
     untrained = ADTR(**SMALL, pre_trained=False)
     path = engine.export(untrained, ExportType.TORCH, export_root=tmp_path, ckpt_path=trained[1])
-    exported = torch.load(path, weights_only=False)["model"]
+    exported = torch.load(path, weights_only=False)["model"].eval()
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(exported(images).pred_score, trained[0](images).pred_score)

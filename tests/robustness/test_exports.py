@@ -40,19 +40,18 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 
 def test_torch(trained: Trained, exported: Exported, stripes: Path) -> None:
-    loaded = torch.load(exported(*trained, ExportType.TORCH), weights_only=False)["model"]
+    loaded = torch.load(exported(*trained, ExportType.TORCH), weights_only=False)["model"].eval()
     images = torch.from_numpy(images_of(stripes, (64, 64)))
     with torch.no_grad():
         torch.testing.assert_close(loaded(images).pred_score, trained[0](images).pred_score)
 
 
-@pytest.mark.parametrize("export_type", [ExportType.ONNX, ExportType.OPENVINO])
-def test_graphs(trained: Trained, exported: Exported, stripes: Path, export_type: ExportType) -> None:
+def test_openvino(trained: Trained, exported: Exported, stripes: Path) -> None:
+    """anomalib makes it from the export to ONNX."""
     images = images_of(stripes, (64, 64))
-    result = run(exported(*trained, export_type), images, batch_size=4)
-    np.testing.assert_allclose(
-        result["pred_score"].flatten(), expected_from(trained[0], images)["pred_score"], atol=1e-3
-    )
+    result = run(exported(*trained, ExportType.OPENVINO), images, batch_size=4)
+    expected = expected_from(trained[0], images)
+    np.testing.assert_allclose(result["pred_score"].flatten(), expected["pred_score"], atol=1e-3)
 
 
 def test_openvino_in_threads(trained: Trained, exported: Exported, stripes: Path) -> None:
@@ -81,20 +80,19 @@ def read(path: Path) -> None:
         openvino.Core().compile_model(path, "CPU")
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.3, 0.9, 0.999])
 @pytest.mark.parametrize(
-    ("export_type", "suffixes"),
-    [(ExportType.TORCH, [".pt"]), (ExportType.ONNX, [".onnx"]), (ExportType.OPENVINO, [".xml", ".bin"])],
+    ("export_type", "suffixes"), [(ExportType.TORCH, [".pt"]), (ExportType.OPENVINO, [".xml", ".bin"])]
 )
 def test_an_export_that_was_broken_off_cannot_be_read(
-    trained: Trained, exported: Exported, tmp_path: Path, export_type: ExportType, suffixes: list[str], kept: float
+    trained: Trained, exported: Exported, tmp_path: Path, export_type: ExportType, suffixes: list[str]
 ) -> None:
-    path = exported(*trained, export_type)
+    folder = Path(shutil.copytree(exported(*trained, export_type).parent, tmp_path / "export"))
+    path = (folder / "model").with_suffix(suffixes[0])
+    for file in (path.with_suffix(suffix) for suffix in suffixes):
+        content = file.read_bytes()
+        for kept in (0.0, 0.3, 0.9, 0.999):
+            file.write_bytes(content[: int(kept * len(content))])
+            with pytest.raises((RuntimeError, EOFError, OSError)):
+                read(path)
+        file.write_bytes(content)
     read(path)
-    for suffix in suffixes:
-        folder = Path(shutil.copytree(path.parent, tmp_path / suffix))
-        broken_off = (folder / path.name).with_suffix(suffix)
-        content = broken_off.read_bytes()
-        broken_off.write_bytes(content[: int(kept * len(content))])
-        with pytest.raises((RuntimeError, EOFError, OSError)):
-            read(folder / path.name)

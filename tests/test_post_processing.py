@@ -287,7 +287,7 @@ def test_two_processes_agree_with_one(fitted: tuple[Tiny, Path], noise: Path, tm
         check=True,
         cwd=project,
         env={**os.environ, "PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"},
-        timeout=300,
+        timeout=600,
     )
     for rank in (0, 1):
         assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == thresholds(fitted[0])

@@ -46,12 +46,11 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from anomalib.data import MVTecAD
-from tests.robustness.test_processes import BATCH_SIZE, RUNS, build_for, data, train
+from tests.robustness.test_processes import RUNS, build_for, data, train
 
 root, folder = map(Path, sys.argv[1:])
 for run in RUNS:
-    datamodule = data(MVTecAD, root, run, train_batch_size=BATCH_SIZE)
-    train(build_for(run), datamodule, folder / run, devices=2, strategy="ddp")
+    train(build_for(run), data(MVTecAD, root, run), folder / run, devices=2, strategy="ddp")
 """
 
 
@@ -90,11 +89,10 @@ def build_for(run: str) -> AnomalibModule:
     return model
 
 
-def data(kind: type[MVTecAD], root: Path, run: str, **arguments) -> MVTecAD:
+def data(kind: type[MVTecAD], root: Path, run: str) -> MVTecAD:
     val_split_mode = "none" if run.endswith("without validation") else "same_as_test"
-    return kind(
-        root=root, category="stripes", eval_batch_size=3, num_workers=0, val_split_mode=val_split_mode, **arguments
-    )
+    sizes = {"train_batch_size": BATCH_SIZE, "eval_batch_size": 3, "num_workers": 0}
+    return kind(root=root, category="stripes", val_split_mode=val_split_mode, **sizes)
 
 
 def train(model: AnomalibModule, datamodule: MVTecAD, folder: Path, **trainer) -> None:
@@ -141,15 +139,15 @@ def halves(batch: Batch | CachedBatch) -> list[Batch | CachedBatch]:
     return [batch.collate(part) for part in (items[: len(items) // 2], items[len(items) // 2 :])]
 
 
-def set_statistics(model: AnomalibModule, values: list[Tensor]) -> None:
-    for statistic, value in zip(statistics_of(model), values, strict=True):
-        statistic.data.copy_(value)  # the backward pass would take any other change for one of its inputs
-
-
 def statistics_of(model: AnomalibModule) -> list[Tensor]:
     """What batch normalisation changes in a step."""
     trained = [part for part in model.modules() if isinstance(part, torch.nn.BatchNorm2d) and part.training]
     return [statistic for part in trained for statistic in (part.running_mean, part.running_var)]
+
+
+def set_statistics(model: AnomalibModule, values: list[Tensor]) -> None:
+    for statistic, value in zip(statistics_of(model), values, strict=True):
+        statistic.data.copy_(value)  # the backward pass would take any other change for one of its inputs
 
 
 def step_in_halves(model: AnomalibModule) -> None:

@@ -127,6 +127,7 @@ def test_distances_are_in_units_of_the_normal_variation() -> None:
     centred = other.numpy() - normal.numpy().mean(axis=0)
     expected = np.sqrt(np.einsum("nc,cd,nd->n", centred, np.linalg.inv(shrunk), centred))
     np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-3)
+    torch.testing.assert_close(whiten(normal).mean(dim=0), torch.zeros(6), rtol=0, atol=1e-4)
     whitened = whiten(other)
     whitening.fit(1e-3 * normal)
     torch.testing.assert_close(whiten(1e-3 * other), whitened, rtol=1e-3, atol=1e-3)

@@ -301,7 +301,7 @@ class PatchAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type
         if self.trainer.world_size > 1:
             vectors = torch.cat(gather_all_tensors(vectors))
         self.model.whitening.fit(vectors)
-        vectors = vectors @ self.model.whitening.matrix.T
+        vectors = self.model.whitening(vectors[:, :, None, None]).flatten(1)
         # one process selects, for all to have the same
         coreset = select_coreset(vectors, self.coreset_ratio).cpu() if self.trainer.is_global_zero else torch.empty(0)
         self.model.bank.fill(self.trainer.strategy.broadcast(coreset).to(self.device))

@@ -23,27 +23,30 @@ MIN_VARIANCE = 1e-12
 
 
 class Whitening(nn.Module):
-    """Linear map after which the normal features vary alike in all directions.
+    """Affine map after which the normal features have mean 0 and vary alike in all directions.
 
-    A Euclidean distance of whitened features is a Mahalanobis distance of the features. Before :meth:`fit` they stay as
-    they are.
+    A Euclidean distance of whitened features is a Mahalanobis distance of the features, and as they are centred, matrix
+    products find the nearest ones with all digits. Before :meth:`fit` features stay as they are.
 
     Args:
         num_channels (int): Length C of a feature vector.
     """
 
+    mean: Tensor
     matrix: Tensor
 
     def __init__(self, num_channels: int) -> None:
         super().__init__()
+        self.register_buffer("mean", torch.zeros(num_channels, 1, 1))
         self.register_buffer("matrix", torch.eye(num_channels))
 
     def fit(self, vectors: Tensor) -> None:
-        """Set the map by the covariance of normal features.
+        """Set the map by mean and covariance of normal features.
 
         Args:
             vectors (Tensor): Normal features of shape ``(M, C)``, at least two.
         """
+        self.mean = vectors.double().mean(dim=0).float()[:, None, None]
         covariance = torch.cov(vectors.T).double()
         covariance.diagonal().add_((SHRINKAGE * covariance.diagonal().mean()).clamp(min=MIN_VARIANCE))
         identity = torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
@@ -58,4 +61,4 @@ class Whitening(nn.Module):
         Returns:
             Tensor: Features of the same shape.
         """
-        return functional.conv2d(features, self.matrix[:, :, None, None])
+        return functional.conv2d(features - self.mean, self.matrix[:, :, None, None])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.transforms.v2.functional import resize
 
-from anomalib_recon.models.adtr.torch_model import ADTRModel, find_feature_size
+from anomalib_recon.models.adtr.torch_model import ADTRModel, DecoderLayer, MultiheadAttention, find_feature_size
 
 SMALL = {
     "backbone": "test_efficientnet", "pre_trained": False, "image_size": (64, 96), "embed_dim": 16, "depth": 2,
@@ -128,6 +128,30 @@ def test_reconstruction_is_that_of_the_paper(images: Tensor, query: str, attenti
     expected = reconstruct_by_the_paper(model, features)
     assert features.shape == expected.shape
     torch.testing.assert_close(model.reconstruct(features), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_attention_has_the_gradients_of_pytorch() -> None:
+    torch.manual_seed(0)
+    attention, plain = MultiheadAttention(16, 4), nn.MultiheadAttention(16, 4, batch_first=True)
+    plain.load_state_dict(attention.state_dict())
+    query, value = torch.rand(2, 3, 6, 16)
+    for result in (attention(query, query, value), plain(query, query, value, need_weights=False)[0]):
+        result.square().sum().backward()
+    expected = dict(plain.named_parameters())
+    for name, parameter in attention.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["multihead", "concat"])
+def test_a_query_that_images_share_is_decoded_as_one_for_each(attention: str) -> None:
+    torch.manual_seed(0)
+    layer = DecoderLayer(16, 4, 24, dropout=0.5, attention=attention).train()
+    (query, position), encoded = torch.rand(2, 1, 6, 16), torch.rand(3, 6, 16)
+    results = []
+    for same in (query, query.expand(3, -1, -1)):
+        torch.manual_seed(1)
+        results.append(layer(same, encoded, position))
+    torch.testing.assert_close(*results)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from typing import Literal, cast
 import torch
 from anomalib.data import InferenceBatch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from anomalib_recon.models.components import FrozenBackbone, check_finite, check_whole, stage_strides
 from anomalib_recon.pre_processing import AntialiasResize
@@ -61,7 +62,11 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
         """Let each query attend to the keys; all shapes are ``(B, T, D)``."""
-        return super().forward(query, key, value, need_weights=False)[0]
+        # PyTorch's forward puts the tokens before the batch, which takes copies of all three and of the result
+        parts = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
+        heads = (functional.linear(*part).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
+        mixed = functional.scaled_dot_product_attention(*heads)  # (B, heads, T, D / heads)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
 
 def _attention(kind: str, embed_dim: int, num_heads: int) -> nn.Module:
@@ -128,7 +133,7 @@ class DecoderLayer(nn.Module):
         """Decode a query.
 
         Args:
-            query (Tensor): Query embedding, or the output of the layer before, of shape ``(B, hw, D)``.
+            query (Tensor): Query embedding of shape ``(1, hw, D)``, or the output of the layer before, ``(B, hw, D)``.
             encoded (Tensor): Output of the encoder, of shape ``(B, hw, D)``.
             position (Tensor): Position embedding of shape ``(1, hw, D)``.
 
@@ -136,7 +141,8 @@ class DecoderLayer(nn.Module):
             Tensor: Tokens of shape ``(B, hw, D)``.
         """
         located = query + position
-        query = self.norm1(query + self.dropout(self.self_attention(located, located, query)))
+        attended = self.self_attention(located, located, query).expand_as(encoded)
+        query = self.norm1(query + self.dropout(attended))
         query = self.norm2(query + self.dropout(self.cross_attention(query + position, encoded + position, encoded)))
         return self.norm3(query + self.dropout(self.feed_forward(query)))
 
@@ -255,7 +261,7 @@ class ADTRModel(nn.Module):
         tokens = self.reduce(features).flatten(2).transpose(1, 2)  # (B, hw, D)
         for layer in self.encoder:
             tokens = layer(tokens, self.position)
-        rebuilt = tokens if self.query is None else self.query.expand_as(tokens)
+        rebuilt = tokens if self.query is None else self.query
         for layer in self.decoder:
             rebuilt = layer(rebuilt, tokens, self.position)
         return self.recover(rebuilt.transpose(1, 2).unflatten(2, self.feature_size))

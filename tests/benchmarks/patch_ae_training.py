@@ -40,7 +40,7 @@ def build_step(backbone: str, precision: str, memory_format: str, args: argparse
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return float(loss)
+        return loss.item()
 
     return step
 
@@ -54,9 +54,9 @@ def measure(backbone: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     ]
     for _ in range(args.turns + 1):
         for step, row in zip(steps, rows, strict=True):
-            start = time.perf_counter()
+            start = time.process_time()
             row["losses"].append(step())
-            row["turns"].append(time.perf_counter() - start)
+            row["turns"].append(time.process_time() - start)
     for row in rows:
         row["seconds"] = statistics.median(row["turns"][1:])  # the first turn warms up
         speed_up = rows[0]["seconds"] / row["seconds"]

@@ -11,7 +11,7 @@
    for anomalib's PatchCore.
 
 Small networks by default, with random weights (``--backbone`` chooses another), on noise, in fp32. Linux only. Writes
-``scale.json`` and a plot of each part as PNG, each as soon as its part is done.
+the figures of each part as JSON and its plot as PNG, under the name of the part.
 """
 
 import argparse
@@ -45,6 +45,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "SAAE": {"feature_stride": 16, "latent_dim": 20},
     "PatchAE": {"embed_dim": 64, "coreset_ratio": 0.001},
 }
+PARTS = ("image_size", "num_images", "bank")
 BANK_SIZE = 10_000
 # of the bank whose size varies
 WIDTH = 512
@@ -85,7 +86,7 @@ def train(name: str, num_images: int, args: argparse.Namespace) -> dict[str, Any
         )
         timer = EpochTimer()
         Engine(
-            default_root_dir=folder, max_epochs=4, accelerator="cpu", callbacks=[timer], limit_val_batches=0,
+            default_root_dir=folder, max_epochs=3, accelerator="cpu", callbacks=[timer], limit_val_batches=0,
             logger=False, enable_progress_bar=False, enable_model_summary=False,
         ).fit(build(name, args.train_size, args.backbone), datamodule=datamodule)  # fmt: skip
     epochs = timer.seconds["wall"]
@@ -123,22 +124,19 @@ def plot(path: Path, rows: list[dict[str, Any]], x_label: str, y_labels: dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--backbone", default="resnet18", help="CNN of timm for ADTR, SAAE and PatchAE")
-    parser.add_argument("--image_sizes", type=int, nargs="+", default=[128, 192, 256, 384, 512])
-    parser.add_argument("--num_images", type=int, nargs="+", default=[32, 64, 128, 256])
+    parser.add_argument("--image_sizes", type=int, nargs="+", default=[128, 256, 384, 512])
+    parser.add_argument("--num_images", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--train_size", type=int, default=128, help="side of the training images, in pixels")
     parser.add_argument("--bank_sizes", type=int, nargs="+", default=[1000, 3000, 10_000, 30_000, 100_000])
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, required=True, help="folder")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
-    figures: dict[str, Any] = {
-        "machine": f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}",
-        "arguments": {name: str(value) for name, value in vars(args).items()},
-    }
     parts: dict[str, tuple[Callable[[], list[dict[str, Any]]], str, dict[str, str]]] = {
         "image_size": (
             lambda: [score_one(name, size, args) for name in args.models for size in args.image_sizes],
@@ -156,12 +154,18 @@ def main() -> None:
             {"seconds": "seconds per image"},
         ),
     }
-    for name, (measure, x_label, y_labels) in parts.items():
-        figures[name] = measure()
-        for row in figures[name]:
+    for name in args.parts:
+        measure, x_label, y_labels = parts[name]
+        rows = measure()
+        for row in rows:
             print(json.dumps(row), flush=True)
-        write_whole(args.output / "scale.json", json.dumps(figures, indent=2).encode())
-        plot(args.output / f"{name}.png", figures[name], x_label, y_labels)
+        figures = {
+            "machine": f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}",
+            "arguments": {key: str(value) for key, value in vars(args).items()},
+            "rows": rows,
+        }
+        write_whole(args.output / f"{name}.json", json.dumps(figures, indent=2).encode())
+        plot(args.output / f"{name}.png", rows, x_label, y_labels)
 
 
 if __name__ == "__main__":

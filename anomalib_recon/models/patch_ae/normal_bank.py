@@ -18,6 +18,7 @@ from torch import Tensor
 
 # torch has no other loop that its ONNX exporter knows
 from torch._higher_order_ops import scan
+from torch.nn import functional
 
 
 class NormalBank(DynamicBufferMixin):
@@ -80,11 +81,11 @@ class NormalBank(DynamicBufferMixin):
 
     def _search(self, queries: Tensor) -> Tensor:
         """Distances of queries (N, D) to their nearest vectors, ``(N,)``."""
-        nearest = _none_found(queries)
+        found = _none_found(queries)
         for start in range(0, len(self.vectors), self.vectors_per_chunk):
             chunk = self.vectors[start : start + self.vectors_per_chunk]
-            nearest = _compare(queries, *nearest, chunk, torch.tensor(start, device=queries.device))
-        return _distances(queries, self.vectors, nearest[1])
+            found = _compare(queries, *found, chunk, torch.tensor(start, device=queries.device))
+        return _distances(queries, self.vectors, found[1])
 
     def _search_in_graph(self, queries: Tensor) -> Tensor:
         """As :meth:`_search`, by a loop in the exported graph.
@@ -99,8 +100,8 @@ class NormalBank(DynamicBufferMixin):
 
         def step(carry: list[Tensor], chunk: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
             # the queries are carried along because OpenVINO takes any other input of the loop for an initial value
-            queries, *nearest = carry
-            return [queries.clone(), *_compare(queries, *nearest, *chunk)], []
+            queries, *found = carry
+            return [queries.clone(), *_compare(queries, *found, *chunk)], []
 
         (_, _, index), _ = scan(
             step, [queries, *_none_found(queries)], [padded.unflatten(0, (num_chunks, size)), starts]
@@ -128,27 +129,28 @@ def select_coreset(vectors: Tensor, ratio: float) -> Tensor:
 
 def _none_found(queries: Tensor) -> tuple[Tensor, Tensor]:
     """What :func:`_compare` starts from."""
-    worst = torch.full_like(queries[:, 0], torch.inf)
+    worst = torch.full_like(queries[:, 0], -torch.inf)
     return worst, torch.zeros_like(worst, dtype=torch.long)
 
 
-def _compare(queries: Tensor, nearest: Tensor, index: Tensor, chunk: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+def _compare(queries: Tensor, closest: Tensor, index: Tensor, chunk: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """Update the nearest vectors with a chunk of the bank.
 
     Args:
         queries (Tensor): Vectors of shape ``(N, D)``.
-        nearest (Tensor): Half the squared distance to the nearest vector so far, less that of the query to the origin,
-            shape ``(N,)``.
+        closest (Tensor): Closeness of the nearest vector so far, shape ``(N,)``: half the squared distance of the query
+            to the origin less half that to the vector.
         index (Tensor): Its place in the bank, shape ``(N,)``.
         chunk (Tensor): Vectors of the bank, shape ``(m, D)``.
         start (Tensor): Place of the first of them in the bank, shape ``()``.
 
     Returns:
-        tuple[Tensor, Tensor]: ``nearest`` and ``index``, updated.
+        tuple[Tensor, Tensor]: ``closest`` and ``index``, updated.
     """
-    found, place = (chunk.square().sum(dim=1) / 2 - queries @ chunk.T).min(dim=1)
-    nearer = found < nearest
-    return torch.where(nearer, found, nearest), torch.where(nearer, place + start, index)
+    # the sum is done within the matrix product, without another pass over its N x m numbers
+    found, place = functional.linear(queries, chunk, chunk.square().sum(dim=1) / -2).max(dim=1)
+    closer = found > closest
+    return torch.where(closer, found, closest), torch.where(closer, place + start, index)
 
 
 def _distances(queries: Tensor, vectors: Tensor, index: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -55,6 +57,19 @@ def test_shapes_with_any_cnn(backbone: str) -> None:
     assert predictions.pred_score.shape == (2,)
     assert predictions.anomaly_map.shape == (2, 1, 64, 48)
     torch.testing.assert_close(predictions.pred_score, predictions.anomaly_map.flatten(1).amax(dim=1))
+
+
+def test_order_of_memory_changes_no_gradient() -> None:
+    model = build()
+    plain = copy.deepcopy(model)
+    plain.backbone.to(memory_format=torch.contiguous_format)
+    images = torch.rand(2, 3, 64, 48)
+    for network in (model, plain):
+        network.decode(network.encode(images)).square().mean().backward()
+    expected = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        gradient = expected[name].grad
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
 
 
 def test_four_last_stages_are_concatenated_on_the_grid() -> None:

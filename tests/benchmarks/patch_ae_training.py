@@ -29,7 +29,10 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channel
 def build_step(backbone: str, precision: str, memory_format: str, args: argparse.Namespace) -> Callable[[], float]:
     """A training step; the result is its loss."""
     torch.manual_seed(0)
-    module = PatchAE(backbone=backbone, pre_trained=False, image_size=args.image_size, visualizer=False)
+    module = PatchAE(
+        backbone=backbone, pre_trained=False, image_size=args.image_size, trained_stages=args.trained_stages,
+        visualizer=False,
+    )  # fmt: skip
     module.model.backbone.to(memory_format=FORMATS[memory_format])
     optimizer = module.configure_optimizers()
     images = torch.rand(args.batch_size, 3, args.image_size, args.image_size)
@@ -69,6 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbones", nargs="+", default=["densenet169", "resnet18"])
     parser.add_argument("--image_size", type=int, default=128)
+    parser.add_argument("--trained_stages", type=int, default=4)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)

@@ -10,9 +10,9 @@
 3. ``bank``: time to find the nearest vectors of an image's 32 x 32 cells over the size of the bank, for PatchAE and
    for anomalib's PatchCore.
 
-Small networks by default, with random weights (``--backbone`` chooses another), on noise, in fp32. Times
-are CPU seconds, in one thread unless told otherwise; they hold on a machine that others use. Linux only. Writes
-the figures of each part as JSON and its plot as PNG, under the name of the part.
+Small networks by default, with random weights (``--backbone`` chooses another), on noise, in fp32. Times are CPU
+seconds, in one thread unless told otherwise; they hold on a machine that others use. Linux only. Writes the figures of
+each part as JSON and its plot as PNG, under the name of the part.
 """
 
 import argparse

@@ -95,7 +95,7 @@ def test_statistics_of_batch_normalisation_stay_those_of_the_weights(trained: tu
 
 def test_bank_of_ratio_one_holds_them_all(stripes: Path, tmp_path: Path) -> None:
     model, _ = train(stripes, tmp_path, model=PatchAE(**{**SMALL, "coreset_ratio": 1.0}), max_epochs=1)
-    torch.testing.assert_close(model.model.bank.vectors, features_of(model, stripes), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.model.bank.vectors, features_of(model, stripes), rtol=1e-4, atol=1e-4)
     images = images_in(stripes / "stripes" / "train" / "good")
     with torch.no_grad():
         assert float(model.model(images).pred_score.max()) < 1e-4

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Throughput and memory of InTra's inference: all windows in chunks, against one forward for each patch.
+"""Throughput of InTra's inference: windows in chunks, several patches at a time, and exported to OpenVINO.
 
-``python tests/benchmarks/intra_inference.py --threads 2 --image_size 256 --output intra_inference.json``
+``python -m tests.benchmarks.intra_inference --rows plain covered openvino --output intra_inference.json``
 
-The default network, random weights, fp32, one image. The two are timed in turns with the rate of a large matrix
-product, so that the ratios hold on a machine whose speed drifts. Writes the figures as JSON and prints them.
+The default network, with random weights or those of ``--checkpoint``, in fp32 and for one image at a time. ``plain``
+times it beside one forward for each patch and the rate of a large matrix product, ``covered`` beside networks that
+paint 4 and 9 patches at a time, ``openvino`` beside its exports, whose scores of pictures of DemoAD are compared too.
+What is compared is timed in turns, so that the ratios hold on a machine whose speed drifts. Writes the figures as JSON
+and prints them.
 """
 
 import argparse
@@ -17,13 +20,31 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
+import numpy as np
+import openvino
 import torch
+from anomalib.deploy import CompressionType, ExportType
+from anomalib.engine import Engine
+from lightning import seed_everything
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from anomalib_recon.data import DemoAD
+from anomalib_recon.files import write_whole
+from anomalib_recon.models import InTra
 from anomalib_recon.models.intra.torch_model import InTraModel, TokenLinear
 
 MATRIX_SIZE = 4096
+# how a model is exported, and the precision that OpenVINO is asked for, if any
+EXPORTS: dict[str, tuple[CompressionType | None, dict[str, str]]] = {
+    "fp32": (None, {"INFERENCE_PRECISION_HINT": "f32"}),
+    "as the CPU prefers": (None, {}),
+    "int8 weights": (CompressionType.INT8, {}),
+    "int8": (CompressionType.INT8_PTQ, {}),
+}
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -32,20 +53,40 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def inpaint_one(model: InTraModel, patches: torch.Tensor, tokens: torch.Tensor, covered: torch.Tensor) -> torch.Tensor:
-    """Inpaint one patch by a forward of its own: embed the window's patches, then block after block.
+def time_in_turns(functions: dict[str, Callable[[], object]], turns: int) -> dict[str, list[float]]:
+    """Seconds of each function in each turn, after one to warm up."""
+    rows = [[seconds(function) for function in functions.values()] for _ in range(turns + 1)][1:]
+    return {name: list(column) for name, column in zip(functions, zip(*rows, strict=True), strict=True)}
 
-    This is how InTra is usually written, with PyTorch's linear layers.
+
+def ratio(slow: list[float], fast: list[float]) -> float:
+    return statistics.median(one / other for one, other in zip(slow, fast, strict=True))
+
+
+def with_usual_layers(model: InTraModel) -> InTraModel:
+    """A copy of the network with PyTorch's linear layers."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, TokenLinear):
+            module.__class__ = torch.nn.Linear
+    return model
+
+
+def paint(model: InTraModel, patches: Tensor, tokens: Tensor, covered: Tensor) -> Tensor:
+    """Inpaint a patch of each window as InTra is usually written: embed the windows, then block after block.
 
     Args:
         model (InTraModel): Network with long residuals, global positions and the mean as readout.
-        patches (torch.Tensor): Patches of the image, shape ``(N * M, K * K * 3)``.
-        tokens (torch.Tensor): The patches of the window, shape ``(L * L,)``.
-        covered (torch.Tensor): The covered one.
+        patches (Tensor): Patches of the windows, shape ``(n, L * L, K * K * 3)``.
+        tokens (Tensor): Their numbers in the grid, shape ``(n, L * L)``.
+        covered (Tensor): The covered one of each window, shape ``(n,)``.
+
+    Returns:
+        Tensor: Inpainted patches of shape ``(n, K * K * 3)``.
     """
-    sequence = model.patch_embedding(patches[tokens])
-    sequence[covered] = model.inpaint_token
-    sequence = (sequence + model.position_embedding[tokens])[None]
+    is_covered = torch.arange(tokens.shape[1]) == covered[:, None]
+    sequence = torch.where(is_covered[..., None], model.inpaint_token, model.patch_embedding(patches))
+    sequence = sequence + model.position_embedding[tokens]
     depth, early = len(model.blocks), []
     for index, block in enumerate(model.blocks):
         if index >= depth - depth // 2:
@@ -56,67 +97,123 @@ def inpaint_one(model: InTraModel, patches: torch.Tensor, tokens: torch.Tensor, 
     return model.output(model.head(sequence.mean(dim=1)))
 
 
-def measure(image_size: int, threads: int, turns: int, patches_timed: int) -> dict[str, float | int | str]:
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    model = InTraModel(image_size=(image_size, image_size)).eval()
-    image = torch.rand(1, 3, image_size, image_size)
+def peak_memory() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measure_plain(intra: InTra, image: Tensor, turns: int, patches_timed: int) -> dict[str, float]:
+    model = intra.model
     matrix = torch.rand(MATRIX_SIZE, MATRIX_SIZE)
     num_windows = len(model.tokens)
     patches = model.patchify(image)[0]
-    usual = copy.deepcopy(model)
-    for module in usual.modules():
-        if isinstance(module, TokenLinear):
-            module.__class__ = torch.nn.Linear
+    usual = with_usual_layers(model)
+    before = peak_memory()
+    model.reconstruct(image)
+    after = peak_memory()
+    with FlopCounterMode(display=False) as counter:
+        paint(usual, patches[model.tokens[:1]], model.tokens[:1], model.covered[0])
 
     def one_by_one() -> None:
         for tokens, covered in zip(model.tokens[:patches_timed], model.covered[:patches_timed], strict=True):
-            inpaint_one(usual, patches, tokens, covered)
+            paint(usual, patches[tokens[None]], tokens[None], covered)
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with torch.inference_mode():
-        with FlopCounterMode(display=False) as counter:
-            inpaint_one(usual, patches, model.tokens[0], model.covered[0])
-        flops = counter.get_total_flops()
-        model.reconstruct(image)
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        one_by_one()
-        rows = [
-            (
-                seconds(lambda: model.reconstruct(image)) / num_windows,
-                seconds(one_by_one) / patches_timed,
-                2 * MATRIX_SIZE**3 / seconds(lambda: matrix @ matrix),
-            )
-            for _ in range(turns)
-        ]
-    ours, single, rate = (statistics.median(column) for column in zip(*rows, strict=True))
+    times = time_in_turns(
+        {"ours": lambda: model.reconstruct(image), "single": one_by_one, "product": lambda: matrix @ matrix}, turns
+    )
+    flops = counter.get_total_flops() * num_windows
     return {
-        "machine": f"{platform.machine()}, {threads} threads, torch {torch.__version__}",
-        "image_size": image_size,
         "windows_per_image": num_windows,
-        "ms_per_window": 1e3 * ours,
-        "ms_per_window_one_by_one": 1e3 * single,
-        "speed_up": statistics.median(row[1] / row[0] for row in rows),
-        "matrix_product_gflops": rate / 1e9,
-        "share_of_matrix_product_rate": statistics.median(flops / row[0] / row[2] for row in rows),
+        "ms_per_window": 1e3 * statistics.median(times["ours"]) / num_windows,
+        "ms_per_window_one_by_one": 1e3 * statistics.median(times["single"]) / patches_timed,
+        "speed_up": ratio(times["single"], times["ours"]) * num_windows / patches_timed,
+        "matrix_product_gflops": 2 * MATRIX_SIZE**3 / statistics.median(times["product"]) / 1e9,
+        "share_of_matrix_product_rate": ratio(times["product"], times["ours"]) * flops / (2 * MATRIX_SIZE**3),
         "extra_memory_mb": (after - before) / 1024,
     }
 
 
+def measure_covered(image: Tensor, turns: int) -> dict[str, dict[str, float]]:
+    """Networks of random weights: the time is not that of the weights."""
+    models = {
+        str(count): InTraModel(tuple(image.shape[2:]), readout="token", covered_per_window=count) for count in (1, 4, 9)
+    }
+    functions = {name: lambda model=model: model(image) for name, model in models.items()}
+    times = time_in_turns(functions, turns)
+    return {
+        name: {"windows": len(model.tokens), "times_as_fast": ratio(times["1"], times[name])}
+        for name, model in models.items()
+    }
+
+
+def measure_openvino(
+    intra: InTra, image: Tensor, turns: int, threads: int, num_pictures: int
+) -> dict[str, dict[str, float]]:
+    """Exports beside the network in torch, and by how much their raw scores deviate at most, in proportion."""
+    datamodule = DemoAD(eval_batch_size=1)
+    datamodule.setup("fit")
+    count = len(datamodule.val_data)
+    datamodule.val_data = datamodule.val_data.subsample(range(0, count, count // num_pictures))
+    pictures = [item.image[None] for item in datamodule.val_data]
+    compiled = {}
+    with TemporaryDirectory() as folder:
+        for name, (compression, config) in EXPORTS.items():
+            path = Engine(default_root_dir=folder, accelerator="cpu").export(
+                intra, ExportType.OPENVINO, export_root=Path(folder) / name, compression_type=compression,
+                datamodule=datamodule,
+            )  # fmt: skip
+            compiled[name] = openvino.Core().compile_model(
+                path, "CPU", {**config, "INFERENCE_NUM_THREADS": str(threads)}
+            )
+    intra.eval()
+    scores = np.array([float(intra(picture).pred_score) for picture in pictures])
+    functions = {"torch, fp32": lambda: intra(image)}
+    functions |= {name: lambda model=model: model(image.numpy()) for name, model in compiled.items()}
+    times = time_in_turns(functions, turns)
+    figures = {}
+    for name, model in compiled.items():
+        exported = np.array([model(picture.numpy())["pred_score"].item() for picture in pictures])
+        figures[name] = {
+            "times_as_fast": ratio(times["torch, fp32"], times[name]),
+            "largest_deviation": float(np.abs(exported / scores - 1).max()),
+        }
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--image_size", type=int, default=256)
+    parser.add_argument("--rows", nargs="+", choices=["plain", "covered", "openvino"], default=["plain"])
+    parser.add_argument("--checkpoint", type=Path, help="of InTra, with the mean as readout")
+    parser.add_argument("--image_size", type=int, default=256, help="without a checkpoint")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--patches_timed", type=int, default=64)
+    parser.add_argument("--patches_timed", type=int, default=64, help="one by one")
+    parser.add_argument("--num_pictures", type=int, default=8, help="to calibrate with and to compare scores")
     parser.add_argument("--output", type=Path)
-    args = vars(parser.parse_args())
-    output = args.pop("output")
-    figures = measure(**args)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    seed_everything(0)
+    # raw scores are compared
+    arguments: dict[str, Any] = {"post_processor": False, "evaluator": False, "visualizer": False}
+    if args.checkpoint:
+        intra = InTra.load_from_checkpoint(args.checkpoint, strict=False, **arguments).eval()
+    else:
+        intra = InTra(image_size=args.image_size, **arguments).eval()
+    image = torch.rand(1, 3, *intra.model.image_size)
+    figures: dict[str, Any] = {
+        "machine": f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}",
+        "arguments": {name: str(value) for name, value in vars(args).items()},
+    }
+    with torch.no_grad():
+        if "plain" in args.rows:
+            figures["plain"] = measure_plain(intra, image, args.turns, args.patches_timed)
+        if "covered" in args.rows:
+            figures["covered"] = measure_covered(image, args.turns)
+        if "openvino" in args.rows:
+            figures["openvino"] = measure_openvino(intra, image, args.turns, args.threads, args.num_pictures)
     text = json.dumps(figures, indent=2)
     print(text)
-    if output:
-        output.write_text(text)
+    if args.output:
+        write_whole(args.output, text.encode())
 
 
 if __name__ == "__main__":

@@ -74,6 +74,27 @@ def test_export_of_a_fixed_input_size(model: InTra, stripes: Path, tmp_path: Pat
     assert largest_difference(run(path, images, 4), expected_from(model, images)) < 1e-3
 
 
+def test_a_model_trained_on_single_patches_is_exported_to_cover_four(
+    datamodule: MVTecAD, stripes: Path, tmp_path: Path
+) -> None:
+    seed_everything(0)
+    exact = InTra(
+        image_size=OWN_SIZE, patch_size=8, window_size=5, embed_dim=16, depth=2, num_heads=2, learning_rate=2e-3,
+        windows_per_image=20, windows_per_chunk=7, readout="token",
+    )  # fmt: skip
+    engine = Engine(default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", enable_progress_bar=False)
+    engine.fit(exact, datamodule=datamodule)
+    checkpoint = engine.trainer.checkpoint_callback.best_model_path
+    model = InTra.load_from_checkpoint(checkpoint, covered_per_window=4).eval()
+    assert len(model.model.tokens) == 16  # 2 x 2 tiles of 4 x 4 patches, at 2 x 2 offsets, for 64 patches
+    path = export(model, tmp_path, ExportType.OPENVINO)
+    for size in (OWN_SIZE, (48, 40)):
+        images = images_of(stripes, size)
+        result, expected = run(path, images, 4), expected_from(model, images)
+        assert largest_difference(result, expected) < (1e-3 if size == OWN_SIZE else 1e-2)
+        assert largest_difference(result, expected_from(exact.eval(), images)) > 1e-3
+
+
 @pytest.mark.parametrize("compression", [CompressionType.FP16, CompressionType.INT8, CompressionType.INT8_PTQ])
 def test_compressed_models_still_tell_holes_from_stripes(
     model: InTra, datamodule: MVTecAD, exported: Path, stripes: Path, tmp_path: Path, compression: CompressionType

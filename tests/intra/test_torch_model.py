@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
+import itertools
 import math
 
 import pytest
@@ -65,30 +66,34 @@ def test_a_patch_is_painted_from_the_rest_of_its_window_alone(attention: str, po
             assert same == (changed == covered or changed not in window)
 
 
-def reconstruct_by_the_paper(model: InTraModel, images: torch.Tensor, readout: str, position: str) -> torch.Tensor:
-    """Section 3, one window at a time, each block as a whole."""
-    expected = torch.empty_like(images)
-    (rows, cols), side, depth = model.grid_size, model.window_size, len(model.blocks)
-    for (t, u), (r, s) in windows_by_the_paper(rows, cols, side).items():
-        window = [(i, j) for i in range(r, r + side) for j in range(s, s + side)]
-        for image, painted in zip(images, expected, strict=True):
-            sequence = []
-            for i, j in window:
-                patch = image[:, (i - 1) * 8 : i * 8, (j - 1) * 8 : j * 8].permute(1, 2, 0).flatten()
-                token = model.inpaint_token if (i, j) == (t, u) else model.patch_embedding.weight @ patch
-                number = (i - 1) * cols + j if position == "global" else (i - r) * side + j - s + 1
-                sequence.append(token + model.position_embedding[number - 1])
-            tokens, outputs = torch.stack(sequence)[None], []
-            for index, block in enumerate(model.blocks):
-                partner = depth - 1 - index
-                if model.long_residuals and partner < depth // 2:
-                    tokens = tokens + outputs[partner]
-                tokens = block(tokens)
-                outputs.append(tokens)
-            vector = tokens.mean(dim=1) if readout == "mean" else tokens[:, window.index((t, u))]
-            pixels = torch.sigmoid(model.head(vector)).reshape(8, 8, 3).permute(2, 0, 1)
-            painted[:, (t - 1) * 8 : t * 8, (u - 1) * 8 : u * 8].copy_(pixels)
-    return expected
+def paint_by_the_paper(
+    model: InTraModel, image: torch.Tensor, corner: tuple[int, int], covered: list[tuple[int, int]]
+) -> torch.Tensor:
+    """Section 3 for one window, counted from 1, each block as a whole: the covered patches, ``(c, K * K * 3)``."""
+    (r, s), side, depth = corner, model.window_size, len(model.blocks)
+    window = [(i, j) for i in range(r, r + side) for j in range(s, s + side)]
+    sequence = []
+    for i, j in window:
+        patch = image[:, (i - 1) * 8 : i * 8, (j - 1) * 8 : j * 8].permute(1, 2, 0).flatten()
+        token = model.inpaint_token if (i, j) in covered else model.patch_embedding.weight @ patch
+        number = (i - 1) * model.grid_size[1] + j if model.is_global else (i - r) * side + j - s + 1
+        sequence.append(token + model.position_embedding[number - 1])
+    tokens, outputs = torch.stack(sequence)[None], []
+    for index, block in enumerate(model.blocks):
+        partner = depth - 1 - index
+        if model.long_residuals and partner < depth // 2:
+            tokens = tokens + outputs[partner]
+        tokens = block(tokens)
+        outputs.append(tokens)
+    places = [window.index(place) for place in covered]
+    return torch.sigmoid(model.head(tokens.mean(dim=1) if model.readout == "mean" else tokens[0, places]))
+
+
+def reconstruct_by_the_paper(model: InTraModel, images: torch.Tensor) -> torch.Tensor:
+    """One window at a time for each patch."""
+    windows = windows_by_the_paper(*model.grid_size, model.window_size)
+    painted = [[paint_by_the_paper(model, image, windows[at], [at]) for at in windows] for image in images]
+    return model.unpatchify(torch.stack([torch.cat(patches) for patches in painted]))
 
 
 @pytest.mark.parametrize("readout", ["mean", "token"])
@@ -103,12 +108,12 @@ def test_reconstruction_equals_one_forward_for_each_patch(
     for parameter in model.parameters():  # far enough from zero that everything matters
         torch.nn.init.normal_(parameter, std=0.3)
     images = torch.rand(2, 3, 48, 40)
-    expected = reconstruct_by_the_paper(model, images, readout, position)
+    expected = reconstruct_by_the_paper(model, images)
     torch.testing.assert_close(model.reconstruct(images), expected, atol=1e-5, rtol=1e-4)
     # training takes another way through the same network
     patches = model.patchify(images)
     image_index = torch.arange(2).repeat_interleave(30)
-    inpainted = model.inpaint(patches, image_index, model.tokens.repeat(2, 1), model.covered.repeat(2))
+    inpainted = model.inpaint(patches, image_index, model.tokens.repeat(2, 1), model.covered.flatten().repeat(2))
     torch.testing.assert_close(inpainted.view_as(patches), model.patchify(expected), atol=1e-5, rtol=1e-4)
 
 
@@ -120,11 +125,76 @@ def test_long_residuals_join_the_blocks_of_the_paper() -> None:
         block.attention_norm.register_forward_pre_hook(lambda _, args, index=index: inputs.update({index: args[0]}))
         block.mlp.register_forward_hook(lambda _, args, output, index=index: outputs.update({index: output}))
         block.mlp_norm.register_forward_pre_hook(lambda _, args, index=index: outputs.update({-index - 1: args[0]}))
-    model.inpaint(torch.rand(1, 30, 192), torch.zeros(1, dtype=torch.long), model.tokens[:1], model.covered[:1])
+    model.inpaint(torch.rand(1, 30, 192), torch.zeros(1, dtype=torch.long), model.tokens[:1], model.covered[0])
     complete = [outputs[-index - 1] + outputs[index] for index in range(12)]
     for late in range(1, 13):
         added = complete[12 - late] if late >= 7 else 0
         torch.testing.assert_close(inputs[late], complete[late - 1] + added)
+
+
+GRIDS = [(16, 16, 7), (8, 8, 7), (7, 7, 7), (9, 11, 7), (13, 6, 6), (5, 8, 5), (7, 6, 4)]
+
+
+def covered_together(model: InTraModel) -> list[set[int]]:
+    """Patches of the grid that each window covers."""
+    return [set(tokens[covered].tolist()) for tokens, covered in zip(model.tokens, model.covered, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "side", "count"),
+    [(*grid, count) for grid in GRIDS for count in (1, 4, 9) if 4 * count <= grid[2] ** 2],
+)
+def test_every_patch_is_covered_once_and_apart(rows: int, cols: int, side: int, count: int) -> None:
+    model = small_model(image_size=(rows * 8, cols * 8), window_size=side, readout="token", covered_per_window=count)
+    groups = covered_together(model)
+    assert sorted(patch for group in groups for patch in group) == list(range(rows * cols))
+    assert max(map(len, groups)) <= count
+    apart = side // math.isqrt(count)
+    for group, tokens in zip(groups, model.tokens.tolist(), strict=True):
+        assert tokens == [tokens[0] + i * cols + j for i in range(side) for j in range(side)]
+        assert tokens[0] % cols + side <= cols
+        for one, other in itertools.combinations(group, 2):
+            assert max(abs(one // cols - other // cols), abs(one % cols - other % cols)) >= apart
+
+
+def test_covering_more_takes_fewer_windows() -> None:
+    sizes = {"image_size": (128, 128), "window_size": 7, "readout": "token"}
+    assert [len(small_model(**sizes, covered_per_window=count).tokens) for count in (1, 4, 9)] == [256, 81, 36]
+
+
+@pytest.mark.parametrize(("count", "image_size"), [(4, (48, 40)), (4, (56, 72)), (9, (56, 72))])
+@pytest.mark.parametrize("position", ["global", "local"])
+@torch.no_grad()
+def test_covered_patches_are_painted_as_by_one_forward_for_each_window(
+    count: int, image_size: tuple[int, int], position: str
+) -> None:
+    sizes = {"image_size": image_size, "window_size": 7 if count == 9 else 5, "windows_per_chunk": 5}
+    model = small_model(**sizes, readout="token", position=position, covered_per_window=count)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    images, cols = torch.rand(2, 3, *image_size), model.grid_size[1]
+    reconstruction = model.patchify(model.reconstruct(images))
+    for tokens, group in zip(model.tokens, covered_together(model), strict=True):
+        corner = divmod(int(tokens[0]), cols)
+        places = [(patch // cols + 1, patch % cols + 1) for patch in sorted(group)]
+        for image, result in zip(images, reconstruction, strict=True):
+            expected = paint_by_the_paper(model, image, (corner[0] + 1, corner[1] + 1), places)
+            torch.testing.assert_close(result[sorted(group)], expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_painted_patch_does_not_see_those_covered_with_it() -> None:
+    model = small_model(window_size=5, readout="token", sigmoid=False, covered_per_window=4)
+    images = torch.rand(1, 3, 48, 40)
+    reconstruction = model.patchify(model.reconstruct(images))
+    for changed in range(30):
+        patches = model.patchify(images)
+        patches[:, changed] = torch.rand_like(patches[:, changed])
+        painted = model.patchify(model.reconstruct(model.unpatchify(patches)))
+        for group, window in zip(covered_together(model), model.tokens.tolist(), strict=True):
+            for patch in group:
+                same = torch.equal(painted[:, patch], reconstruction[:, patch])
+                assert same == (changed in group or changed not in window)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
@@ -212,6 +282,10 @@ def test_scores_follow_from_the_reconstruction() -> None:
         ({"attention": "linear"}, "attention must be one of .* got 'linear'"),
         ({"position": "none"}, "position must be one of"),
         ({"readout": "max"}, "readout must be one of"),
+        ({"window_size": 5, "covered_per_window": 4}, "covered_per_window=4 needs readout='token', got readout='mean'"),
+        ({"window_size": 5, "covered_per_window": 3}, r"covered_per_window must be one of \(1, 4\) for window_size=5"),
+        ({"window_size": 5, "covered_per_window": 9}, "covered_per_window must be one of .* got 9"),
+        ({"covered_per_window": 0}, "covered_per_window must be at least 1, got 0"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict, words: str) -> None:

@@ -134,6 +134,9 @@ class InTra(CurrentOpsetExport, AnomalibModule):  # type: ignore[misc]  # anomal
             Defaults to ``True``.
         windows_per_chunk (int): Windows inpainted at a time outside training; bounds memory, changes no result.
             Defaults to ``32``.
+        covered_per_window (int): Patches covered and painted at a time in a window outside training: 1 is exact; 4 and
+            9 are about as many times faster, an approximation, and need ``readout="token"``.
+            Defaults to ``1``.
         pre_processor (PreProcessor | bool): Pre-processor.
             Defaults to ``True``.
         post_processor (PostProcessor | bool): Post-processor.
@@ -170,6 +173,7 @@ class InTra(CurrentOpsetExport, AnomalibModule):  # type: ignore[misc]  # anomal
         learning_rate: float = 1e-4,
         augment: bool = True,
         windows_per_chunk: int = 32,
+        covered_per_window: int = 1,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -217,6 +221,7 @@ class InTra(CurrentOpsetExport, AnomalibModule):  # type: ignore[misc]  # anomal
             readout=readout,
             sigmoid=sigmoid,
             windows_per_chunk=windows_per_chunk,
+            covered_per_window=covered_per_window,
         )
         self.loss = InTraLoss(gms_weight, ssim_weight)
         self.windows_per_image = windows_per_image

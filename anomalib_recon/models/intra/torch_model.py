@@ -21,6 +21,7 @@ See Also:
     :class:`anomalib_recon.models.intra.lightning_model.InTra`: training and evaluation with anomalib.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -160,6 +161,9 @@ class InTraModel(nn.Module):
         sigmoid (bool): End in a sigmoid (version 3) or in the affine map (version 1).
         windows_per_chunk (int): Windows that are inpainted at a time by :meth:`reconstruct`. Bounds its memory, changes
             nothing else. An exported model takes as many windows of each image of the batch.
+        covered_per_window (int): Patches that :meth:`reconstruct` covers in a window, far apart, and paints at a time:
+            1 (exact), or the square of a whole number up to L / 2, which takes about as many times fewer windows and
+            needs ``readout="token"``.
 
     Raises:
         ValueError: If an argument is out of its range or does not fit another.
@@ -179,10 +183,12 @@ class InTraModel(nn.Module):
         readout: Literal["mean", "token"] = "mean",
         sigmoid: bool = True,
         windows_per_chunk: int = 32,
+        covered_per_window: int = 1,
     ) -> None:
         super().__init__()
         check_sizes(image_size, patch_size, window_size)
         check_network(embed_dim, depth, num_heads, windows_per_chunk)
+        check_covered(covered_per_window, window_size, readout)
         for name, value, choices in (
             ("attention", attention, tuple(ATTENTION)),
             ("position", position, ("global", "local")),
@@ -212,11 +218,17 @@ class InTraModel(nn.Module):
         self.head = nn.Linear(embed_dim, patch_dim)
         self.output = nn.Sigmoid() if sigmoid else nn.Identity()
 
-        tokens, covered = self._centred_windows()
+        tokens, covered = self._centred_windows(math.isqrt(covered_per_window))
+        painted = tokens.gather(1, covered).flatten()
+        # where each patch of the grid is among the painted ones
+        order = torch.empty(self.grid_size[0] * self.grid_size[1], dtype=torch.long)
+        order[painted] = torch.arange(len(painted))
         self.register_buffer("tokens", tokens, persistent=False)
         self.register_buffer("covered", covered, persistent=False)
+        self.register_buffer("order", order, persistent=False)
         self.tokens: Tensor
         self.covered: Tensor
+        self.order: Tensor
 
         self.anomaly_map_generator = AnomalyMapGenerator(image_size)
         # mean of diff(z) over the normal training images z (eq. 17), zero until it is known
@@ -266,7 +278,7 @@ class InTraModel(nn.Module):
                 self.tokens.split(self.windows_per_chunk), self.covered.split(self.windows_per_chunk), strict=True
             )
         ]
-        return self.unpatchify(torch.cat(patches, dim=1))
+        return self.unpatchify(torch.cat(patches, dim=1)[:, self.order])
 
     def inpaint(self, patches: Tensor, image_index: Tensor, tokens: Tensor, covered: Tensor) -> Tensor:
         """Inpaint one patch in each of n windows, which may come from different images.
@@ -280,7 +292,7 @@ class InTraModel(nn.Module):
         Returns:
             Tensor: Inpainted patches of shape ``(n, K * K * 3)``.
         """
-        table = self._embed(patches)
+        table, covered = self._embed(patches), covered[:, None]
         rows = self._window_rows(tokens, covered) + image_index[:, None] * table.shape[1]
         # an embedding look-up, unlike indexing, has a deterministic gradient on every device
         sequence = functional.embedding(rows, table.flatten(0, 1))
@@ -303,7 +315,7 @@ class InTraModel(nn.Module):
     def _window_rows(self, tokens: Tensor, covered: Tensor) -> Tensor:
         """Rows of :meth:`_embed` that make up the sequences of windows (eq. 5), ``(n, L * L)``."""
         num_patches = self.grid_size[0] * self.grid_size[1]
-        is_covered = covered[:, None] == torch.arange(self.window_size**2, device=covered.device)
+        is_covered = (covered[:, :, None] == torch.arange(self.window_size**2, device=covered.device)).any(dim=1)
         return torch.where(is_covered, num_patches + tokens if self.is_global else num_patches, tokens)
 
     def _attend_shared(self, table: Tensor) -> Callable[[Tensor], Tensor]:
@@ -330,7 +342,7 @@ class InTraModel(nn.Module):
         return attend
 
     def _paint(self, attended: Tensor, covered: Tensor) -> Tensor:
-        """From the first half of the first block to the painted patches, ``(B, n, T, D) -> (B, n, K * K * 3)``."""
+        """From the first half of the first block to the painted patches, ``(B, n, T, D) -> (B, n * c, K * K * 3)``."""
         depth, early = len(self.blocks), []
         num_windows = attended.shape[1]
         attended = attended.flatten(0, 1)
@@ -346,7 +358,8 @@ class InTraModel(nn.Module):
             tokens = tokens.unflatten(0, (-1, num_windows))
             if self.readout == "mean":
                 return tokens.mean(dim=2)
-            return tokens[:, torch.arange(num_windows, device=covered.device), covered]
+            windows = torch.arange(num_windows, device=covered.device)[:, None]
+            return tokens[:, windows, covered].flatten(1, 2)
 
         # the readout is linear and may precede the last layer of the last block, which then has fewer tokens to map
         last = self.blocks[-1]
@@ -374,15 +387,29 @@ class InTraModel(nn.Module):
         )
         return self._window_tokens(rows, cols), covered
 
-    def _centred_windows(self) -> tuple[Tensor, Tensor]:
-        """For each patch of the grid, the window in which it is as central as the border allows (eqs. 13-15)."""
+    def _centred_windows(self, side: int) -> tuple[Tensor, Tensor]:
+        """Windows that cover each patch of the grid once, ``side`` x ``side`` = c at a time.
 
-        def start(position: Tensor, length: int) -> Tensor:  # r of eq. 13 and s of eq. 14, counted from 0
-            return (position - self.window_size // 2).clamp(0, length - self.window_size)
+        The covered patches of a window are ``window_size // side`` patches apart, and as central as the border allows:
+        for c = 1 these are the windows of eqs. 13-15. Where the grid ends, a window covers its first patch again.
 
-        rows, cols = (grid.flatten() for grid in torch.meshgrid(*map(torch.arange, self.grid_size), indexing="ij"))
-        top, left = start(rows, self.grid_size[0]), start(cols, self.grid_size[1])
-        return self._window_tokens(top, left), (rows - top) * self.window_size + (cols - left)
+        Returns:
+            tuple[Tensor, Tensor]: ``tokens`` of shape ``(n, L * L)`` and ``covered`` of shape ``(n, c)``.
+        """
+        spacing = self.window_size // side
+        margin = (self.window_size - (side - 1) * spacing) // 2
+
+        def place(length: int) -> tuple[Tensor, Tensor]:
+            position = torch.arange(length)
+            first = position[position % (side * spacing) < spacing]
+            start = (first - margin).clamp(0, length - self.window_size)  # r of eq. 13, s of eq. 14, counted from 0
+            covered = first[:, None] + spacing * torch.arange(side)
+            return start, torch.where(covered < length, covered, first[:, None]) - start[:, None]
+
+        (top, rows), (left, cols) = map(place, self.grid_size)
+        tokens = self._window_tokens(top.repeat_interleave(len(left)), left.repeat(len(top)))
+        covered = rows[:, None, :, None] * self.window_size + cols[:, None, :]
+        return tokens, covered.reshape(-1, side**2)
 
     def _window_tokens(self, rows: Tensor, cols: Tensor) -> Tensor:
         """Grid indices of the windows whose upper left patches are at ``rows``, ``cols``: ``(n,) -> (n, L * L)``."""
@@ -462,4 +489,24 @@ def check_network(embed_dim: int, depth: int, num_heads: int, windows_per_chunk:
     check_whole(embed_dim=embed_dim, depth=depth, num_heads=num_heads, windows_per_chunk=windows_per_chunk)
     if embed_dim % (2 * num_heads):
         msg = f"embed_dim must be a multiple of twice num_heads, got {embed_dim} and {num_heads} heads."
+        raise ValueError(msg)
+
+
+def check_covered(covered_per_window: int, window_size: int, readout: str) -> None:
+    """Check that so many patches of a window can be covered, and painted, at a time.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    check_whole(covered_per_window=covered_per_window)
+    side = math.isqrt(covered_per_window)
+    if side**2 != covered_per_window or side > window_size // 2:
+        squares = tuple(number**2 for number in range(1, window_size // 2 + 1))
+        msg = f"covered_per_window must be one of {squares} for window_size={window_size}, got {covered_per_window}."
+        raise ValueError(msg)
+    if side > 1 and readout != "token":
+        msg = (
+            f"covered_per_window={covered_per_window} needs readout='token', got readout={readout!r}: the mean of a "
+            "sequence paints one patch only; train with readout='token' or leave covered_per_window at 1."
+        )
         raise ValueError(msg)

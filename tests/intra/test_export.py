@@ -80,7 +80,7 @@ def test_a_model_trained_on_single_patches_is_exported_to_cover_four(
     seed_everything(0)
     exact = InTra(
         image_size=OWN_SIZE, patch_size=8, window_size=5, embed_dim=16, depth=2, num_heads=2, learning_rate=2e-3,
-        windows_per_image=20, windows_per_chunk=7, readout="token",
+        windows_per_image=20, windows_per_chunk=10, readout="token",
     )  # fmt: skip
     engine = Engine(default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", enable_progress_bar=False)
     engine.fit(exact, datamodule=datamodule)

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from PIL import Image
 
 from anomalib_recon.models import InTra
+from anomalib_recon.models.intra import lightning_model
 from anomalib_recon.models.intra.training_images import rotate_and_flip
 from tests.conftest import images_in, write_stripes
 
@@ -236,6 +237,25 @@ def test_bf16_mixed_precision_trains(stripes: Path, tmp_path: Path) -> None:
     model, _ = train(stripes, tmp_path, precision="bf16-mixed", max_epochs=3)
     assert model.held_out_losses[-1] < model.held_out_losses[0]
     assert bool(model.post_processor.image_threshold.isfinite())
+
+
+def test_parts_of_a_step_have_the_gradient_of_the_whole(
+    stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FirstStep(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            self.gradients = {name: weight.grad.clone() for name, weight in pl_module.named_parameters()}
+            raise KeyError
+
+    steps = {}
+    for size in (64, 150):
+        monkeypatch.setattr(lightning_model, "WINDOWS_PER_PASS", size)
+        steps[size] = FirstStep()
+        seed_everything(0)
+        with pytest.raises(KeyError):
+            train(stripes, tmp_path, model=InTra(**SMALL, windows_per_step=150), callbacks=[steps[size]])
+    for name, gradient in steps[150].gradients.items():
+        torch.testing.assert_close(steps[64].gradients[name], gradient, atol=1e-6, rtol=1e-4)
 
 
 def test_two_processes_train_one_model(stripes: Path, tmp_path: Path) -> None:

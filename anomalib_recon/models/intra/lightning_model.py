@@ -77,6 +77,8 @@ NETWORK_ARGUMENTS = (
     "readout",
     "sigmoid",
 )
+# windows that pass forward and backward at a time in training on a CPU
+WINDOWS_PER_PASS = 64
 # optimiser steps after which the length of the run is estimated, and the length from which on the user is told
 ESTIMATE_STEPS = 3
 LONG_RUN_HOURS = 3.0
@@ -331,15 +333,24 @@ class InTra(CurrentOpsetExport, AnomalibModule):  # type: ignore[misc]  # anomal
             images = rotate_and_flip(images, generator)
         patches = self.model.patchify(images)
         tokens, covered = self.model.draw_windows(len(image_index), generator)
+        # the gradients of parts add up to those of all; on a CPU, smaller activations take less time and memory
+        size = WINDOWS_PER_PASS if self.device.type == "cpu" else len(image_index)
+        parts = zip(*(values.split(size) for values in (image_index, tokens, covered)), strict=True)
+
+        optimizer, total = cast("LightningOptimizer", self.optimizers()), torch.zeros((), device=self.device)
+        optimizer.zero_grad()
+        for part in parts:
+            loss = self._loss(patches, *part) * (len(part[0]) / len(image_index))
+            self.manual_backward(loss)
+            total += loss.detach()
+        optimizer.step()
+        return total
+
+    def _loss(self, patches: Tensor, image_index: Tensor, tokens: Tensor, covered: Tensor) -> Tensor:
+        """Mean loss of windows; the arguments are those of :meth:`InTraModel.inpaint`."""
         inpainted = self.model.inpaint(patches, image_index, tokens, covered)
         original = patches[image_index, tokens.gather(1, covered[:, None]).squeeze(1)]
-        loss = self.loss(self.model.pixels(inpainted), self.model.pixels(original))
-
-        optimizer = cast("LightningOptimizer", self.optimizers())
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
-        return loss.detach()
+        return self.loss(self.model.pixels(inpainted), self.model.pixels(original))
 
     def _tell_if_long(self) -> None:
         """After the first steps, say in a line how long the run may take if that is many hours."""

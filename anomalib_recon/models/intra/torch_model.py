@@ -40,13 +40,15 @@ NUM_CHANNELS = 3
 class TokenLinear(nn.Linear):
     """Linear map of tokens, of shape ``(B, T, in_features)`` to ``(B, T, out_features)``.
 
-    On CPUs it is written as a convolution with kernel size 1: the same product, which PyTorch then leaves to oneDNN
-    instead of its BLAS library. On an AMD CPU with AVX-512 that made inference about 1.5 times as fast.
+    On CPUs, in fp32, it is written as a convolution with kernel size 1: the same product, which PyTorch then leaves to
+    oneDNN instead of its BLAS library. On an AMD CPU with AVX-512 that made inference about 1.5 times as fast, and
+    training 1.4 times. In bfloat16 PyTorch takes oneDNN for linear maps too.
     """
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens."""
-        if tokens.device.type != "cpu" or torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available():
+        is_fp32_on_cpu = tokens.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        if not is_fp32_on_cpu or torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available():
             return super().forward(tokens)
         pixels = tokens.transpose(1, 2).unsqueeze(-1)  # images of T x 1 pixels, channels last in memory
         return functional.conv2d(pixels, self.weight[:, :, None, None], self.bias).squeeze(-1).transpose(1, 2)

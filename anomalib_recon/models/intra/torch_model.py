@@ -294,13 +294,12 @@ class InTraModel(nn.Module):
         Returns:
             Tensor: Inpainted patches of shape ``(n, K * K * 3)``.
         """
-        table, covered = self._embed(patches), covered[:, None]
-        rows = self._window_rows(tokens, covered) + image_index[:, None] * table.shape[1]
+        embedded = self.patch_embedding(patches[image_index[:, None], tokens])
+        is_covered = covered[:, None] == torch.arange(self.window_size**2, device=covered.device)
+        sequence = torch.where(is_covered[:, :, None], self.inpaint_token, embedded)
         # an embedding look-up, unlike indexing, has a deterministic gradient on every device
-        sequence = functional.embedding(rows, table.flatten(0, 1))
-        if not self.is_global:
-            sequence = sequence + self.position_embedding
-        return self._paint(self.blocks[0].attend(sequence)[None], covered)[0]
+        places = functional.embedding(tokens, self.position_embedding) if self.is_global else self.position_embedding
+        return self._paint(self.blocks[0].attend(sequence + places)[None], covered[:, None])[0]
 
     def _embed(self, patches: Tensor) -> Tensor:
         """Embed patches, and put the tokens that may stand for a covered patch behind them (eqs. 3-4).

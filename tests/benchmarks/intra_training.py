@@ -4,8 +4,8 @@
 
 ``python -m tests.benchmarks.intra_training --precision bf16-mixed --output intra_training.json``
 
-The default network with 2 of its 13 blocks, which are alike, on pictures of noise, by anomalib's engine. The usual loop,
-with a data set that decodes and resizes a file for each window, and with PyTorch's linear layers, and the matrix
+The default network with 2 of its 13 blocks, which are alike, on pictures of noise, by anomalib's engine. The usual
+loop, with a data set that decodes and resizes a file for each window, and with PyTorch's linear layers, and the matrix
 products take their turns between the optimiser steps, so that the ratios hold on a machine whose speed drifts. Times
 are CPU seconds of all threads by the number of threads: those of the clock, but for other work on the machine, and for
 files decoded by as many processes. Writes the figures as JSON and prints them. With ``--depth 13``, a turn in fp32
@@ -125,7 +125,8 @@ class Turns(Callback):
     # from after the backward pass of one step to there in the next one
     def on_before_optimizer_step(self, *args) -> None:
         step = clock() - self.start
-        self.rows.append((step, *map(seconds, self.others)))
+        with torch.autocast("cpu", enabled=False):  # the trainer's
+            self.rows.append((step, *map(seconds, self.others)))
         print("seconds:", *(f"{value:.2f}" for value in self.rows[-1]), flush=True)
         if len(self.rows) == self.count:
             raise Done

@@ -78,14 +78,19 @@ def paint_by_the_paper(
         token = model.inpaint_token if (i, j) in covered else model.patch_embedding.weight @ patch
         number = (i - 1) * model.grid_size[1] + j if model.is_global else (i - r) * side + j - s + 1
         sequence.append(token + model.position_embedding[number - 1])
+    places = [window.index(place) for place in covered]
+    # where several patches are covered, each is seen by itself alone
+    mask = torch.ones(side**2, side**2, dtype=torch.bool)
+    if len(model.covered[0]) > 1:
+        mask[:, places] = False
+        mask.fill_diagonal_(fill_value=True)
     tokens, outputs = torch.stack(sequence)[None], []
     for index, block in enumerate(model.blocks):
         partner = depth - 1 - index
         if model.long_residuals and partner < depth // 2:
             tokens = tokens + outputs[partner]
-        tokens = block(tokens)
+        tokens = block.feed_forward(block.attend(tokens, mask[None, None]))
         outputs.append(tokens)
-    places = [window.index(place) for place in covered]
     return torch.sigmoid(model.head(tokens.mean(dim=1) if model.readout == "mean" else tokens[0, places]))
 
 

@@ -74,24 +74,26 @@ class MultiheadSelfAttention(nn.Module):
         self.value = TokenLinear(embed_dim, embed_dim)
         self.unify = TokenLinear(embed_dim, embed_dim)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Let every token attend to all tokens of its sequence.
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Let every token attend to all tokens of its sequence, or to some.
 
         Args:
             tokens (Tensor): Sequences of shape ``(B, T, D)``.
+            mask (Tensor | None): Which tokens each one attends to, shape ``(B, 1, T, T)``; all if ``None``.
+                Defaults to ``None``.
 
         Returns:
             Tensor: Sequences of shape ``(B, T, D)``.
         """
-        return self.attend(*self.project(tokens))
+        return self.attend(*self.project(tokens), mask)
 
     def project(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of tokens of shape ``(..., D)``, each on its own."""
         return self.query(tokens), self.key(tokens), self.value(tokens)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attention of sequences, from their projections of shape ``(B, T, F)`` or ``(B, T, D)`` to ``(B, T, D)``."""
-        heads = functional.scaled_dot_product_attention(self._slice(query), self._slice(key), self._slice(value))
+        heads = functional.scaled_dot_product_attention(*map(self._slice, (query, key, value)), attn_mask=mask)
         return self.unify(heads.transpose(1, 2).flatten(2))
 
     def _slice(self, tokens: Tensor) -> Tensor:
@@ -135,9 +137,9 @@ class TransformerBlock(nn.Module):
         """Map sequences of shape ``(B, T, D)`` to sequences of the same shape."""
         return self.feed_forward(self.attend(tokens))
 
-    def attend(self, tokens: Tensor) -> Tensor:
-        """First half of the block."""
-        return tokens + self.attention(self.attention_norm(tokens))
+    def attend(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """First half of the block; see :meth:`MultiheadSelfAttention.forward`."""
+        return tokens + self.attention(self.attention_norm(tokens), mask)
 
     def feed_forward(self, tokens: Tensor) -> Tensor:
         """Second half of the block."""
@@ -275,10 +277,11 @@ class InTraModel(nn.Module):
         table = self._embed(self.patchify(images))
         attend = self._attend_shared(table) if self.is_global else self._attend_windows(table)
         patches = [
-            self._paint(attend(self._window_rows(tokens, covered)), covered)
+            self._paint(attend(self._window_rows(tokens, covered), mask), covered, mask)
             for tokens, covered in zip(
                 self.tokens.split(self.windows_per_chunk), self.covered.split(self.windows_per_chunk), strict=True
             )
+            for mask in [self._mask(covered, len(images))]
         ]
         return self.unpatchify(torch.cat(patches, dim=1)[:, self.order])
 
@@ -295,11 +298,11 @@ class InTraModel(nn.Module):
             Tensor: Inpainted patches of shape ``(n, K * K * 3)``.
         """
         embedded = self.patch_embedding(patches[image_index[:, None], tokens])
-        is_covered = covered[:, None] == torch.arange(self.window_size**2, device=covered.device)
-        sequence = torch.where(is_covered[:, :, None], self.inpaint_token, embedded)
+        covered = covered[:, None]
+        sequence = torch.where(self._is_covered(covered)[:, :, None], self.inpaint_token, embedded)
         # an embedding look-up, unlike indexing, has a deterministic gradient on every device
         places = functional.embedding(tokens, self.position_embedding) if self.is_global else self.position_embedding
-        return self._paint(self.blocks[0].attend(sequence + places)[None], covered[:, None])[0]
+        return self._paint(self.blocks[0].attend(sequence + places)[None], covered)[0]
 
     def _embed(self, patches: Tensor) -> Tensor:
         """Embed patches, and put the tokens that may stand for a covered patch behind them (eqs. 3-4).
@@ -316,10 +319,24 @@ class InTraModel(nn.Module):
     def _window_rows(self, tokens: Tensor, covered: Tensor) -> Tensor:
         """Rows of :meth:`_embed` that make up the sequences of windows (eq. 5), ``(n, L * L)``."""
         num_patches = self.grid_size[0] * self.grid_size[1]
-        is_covered = (covered[:, :, None] == torch.arange(self.window_size**2, device=covered.device)).any(dim=1)
-        return torch.where(is_covered, num_patches + tokens if self.is_global else num_patches, tokens)
+        return torch.where(self._is_covered(covered), num_patches + tokens if self.is_global else num_patches, tokens)
 
-    def _attend_shared(self, table: Tensor) -> Callable[[Tensor], Tensor]:
+    def _is_covered(self, covered: Tensor) -> Tensor:
+        """Which patches of windows are covered, ``(n, c) -> (n, L * L)``."""
+        return (covered[:, :, None] == torch.arange(self.window_size**2, device=covered.device)).any(dim=1)
+
+    def _mask(self, covered: Tensor, num_images: int) -> Tensor | None:
+        """Which tokens attend to which, ``(n, c) -> (B * n, 1, T, T)``.
+
+        In training there is one covered token in a window. If there are several now, each is seen by itself alone, so
+        that a patch is painted as if the others were not in the window.
+        """
+        if covered.shape[1] == 1:
+            return None
+        is_self = torch.eye(self.window_size**2, dtype=torch.bool, device=covered.device)
+        return (is_self | ~self._is_covered(covered)[:, None, None]).repeat(num_images, 1, 1, 1)
+
+    def _attend_shared(self, table: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
         """First half of the first block, with each patch projected once for all its windows.
 
         The result maps rows of shape ``(n, T)`` to tokens of shape ``(B, n, T, D)``.
@@ -327,22 +344,22 @@ class InTraModel(nn.Module):
         block = self.blocks[0]
         projections = block.attention.project(block.attention_norm(table))
 
-        def attend(rows: Tensor) -> Tensor:
-            attention = block.attention.attend(*(projection[:, rows].flatten(0, 1) for projection in projections))
+        def attend(rows: Tensor, mask: Tensor | None) -> Tensor:
+            attention = block.attention.attend(*(projection[:, rows].flatten(0, 1) for projection in projections), mask)
             return table[:, rows] + attention.unflatten(0, (-1, len(rows)))
 
         return attend
 
-    def _attend_windows(self, table: Tensor) -> Callable[[Tensor], Tensor]:
+    def _attend_windows(self, table: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
         """As :meth:`_attend_shared`, for tokens that depend on their place in the window."""
 
-        def attend(rows: Tensor) -> Tensor:
+        def attend(rows: Tensor, mask: Tensor | None) -> Tensor:
             sequence = table[:, rows] + self.position_embedding
-            return self.blocks[0].attend(sequence.flatten(0, 1)).unflatten(0, (-1, len(rows)))
+            return self.blocks[0].attend(sequence.flatten(0, 1), mask).unflatten(0, (-1, len(rows)))
 
         return attend
 
-    def _paint(self, attended: Tensor, covered: Tensor) -> Tensor:
+    def _paint(self, attended: Tensor, covered: Tensor, mask: Tensor | None = None) -> Tensor:
         """From the first half of the first block to the painted patches, ``(B, n, T, D) -> (B, n * c, K * K * 3)``."""
         depth, early = len(self.blocks), []
         num_windows = attended.shape[1]
@@ -353,7 +370,7 @@ class InTraModel(nn.Module):
                 early.append(sequence)
             if self.long_residuals and index + 1 >= depth - depth // 2:
                 sequence = sequence + early.pop()
-            attended = self.blocks[index + 1].attend(sequence)
+            attended = self.blocks[index + 1].attend(sequence, mask)
 
         def read(tokens: Tensor) -> Tensor:
             tokens = tokens.unflatten(0, (-1, num_windows))

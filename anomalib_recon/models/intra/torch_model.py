@@ -93,7 +93,9 @@ class MultiheadSelfAttention(nn.Module):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attention of sequences, from their projections of shape ``(B, T, F)`` or ``(B, T, D)`` to ``(B, T, D)``."""
-        heads = functional.scaled_dot_product_attention(*map(self._slice, (query, key, value)), attn_mask=mask)
+        heads = functional.scaled_dot_product_attention(
+            self._slice(query), self._slice(key), self._slice(value), attn_mask=mask
+        )
         return self.unify(heads.transpose(1, 2).flatten(2))
 
     def _slice(self, tokens: Tensor) -> Tensor:
@@ -345,7 +347,8 @@ class InTraModel(nn.Module):
         projections = block.attention.project(block.attention_norm(table))
 
         def attend(rows: Tensor, mask: Tensor | None) -> Tensor:
-            attention = block.attention.attend(*(projection[:, rows].flatten(0, 1) for projection in projections), mask)
+            query, key, value = (projection[:, rows].flatten(0, 1) for projection in projections)
+            attention = block.attention.attend(query, key, value, mask)
             return table[:, rows] + attention.unflatten(0, (-1, len(rows)))
 
         return attend

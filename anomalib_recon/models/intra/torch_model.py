@@ -283,7 +283,7 @@ class InTraModel(nn.Module):
             for tokens, covered in zip(
                 self.tokens.split(self.windows_per_chunk), self.covered.split(self.windows_per_chunk), strict=True
             )
-            for mask in [self._mask(covered, len(images))]
+            for mask in [self._mask(covered, images.shape[0])]
         ]
         return self.unpatchify(torch.cat(patches, dim=1)[:, self.order])
 

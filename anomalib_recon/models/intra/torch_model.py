@@ -278,13 +278,12 @@ class InTraModel(nn.Module):
     def _reconstruct(self, images: Tensor) -> Tensor:
         table = self._embed(self.patchify(images))
         attend = self._attend_shared(table) if self.is_global else self._attend_windows(table)
-        patches = [
-            self._paint(attend(self._window_rows(tokens, covered), mask), covered, mask)
-            for tokens, covered in zip(
-                self.tokens.split(self.windows_per_chunk), self.covered.split(self.windows_per_chunk), strict=True
-            )
-            for mask in [self._mask(covered, images.shape[0])]
-        ]
+        patches = []
+        for tokens, covered in zip(
+            self.tokens.split(self.windows_per_chunk), self.covered.split(self.windows_per_chunk), strict=True
+        ):
+            mask = self._mask(covered, images.shape[0])  # len() would fix the number of images in an exported graph
+            patches.append(self._paint(attend(self._window_rows(tokens, covered), mask), covered, mask))
         return self.unpatchify(torch.cat(patches, dim=1)[:, self.order])
 
     def inpaint(self, patches: Tensor, image_index: Tensor, tokens: Tensor, covered: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ def arguments(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> list[s
     intra = {"class_path": "InTra", "init_args": SMALL}
     data = {"root": str(stripes), "category": "stripes", "eval_batch_size": 4, "num_workers": 0}
     config = {
+        "formats": True,
         "models": {
             "small InTra <1>": {"model": intra, "trainer": {"max_epochs": 1}},
             "other": {"model": intra, "trainer": {"max_epochs": 2}},
@@ -73,6 +74,24 @@ def test_results_are_those_of_scikit_learn_on_the_saved_scores(output: Path, fol
     assert 0 <= line["pixel_AUPRO"] <= 1
 
 
+def test_every_format_is_measured_on_raw_scores(output: Path, folder: Path) -> None:
+    rows = json.loads((folder / "formats.json").read_text())
+    assert list(rows) == ["torch", "fp32", "bf16", "fp16", "int8 weights", "int8 PTQ"]
+    [result] = pd.read_csv(output / "results.csv").to_dict("records")
+    for name in ("torch", "fp32"):
+        assert rows[name]["image_AUROC"] == pytest.approx(result["image_AUROC"], abs=1e-6)
+        assert rows[name]["pixel_AUROC"] == pytest.approx(result["pixel_AUROC"], abs=1e-4)
+    assert rows["int8 weights"]["mib"] < rows["fp16"]["mib"] < rows["fp32"]["mib"] == rows["bf16"]["mib"]
+    frame = pd.read_csv(output / "formats.csv", index_col="format")
+    assert (frame[["milliseconds", "speed_up", "images_per_second"]] > 0).all(axis=None)
+    change = rows["int8 PTQ"]["pixel_AUROC"] - rows["torch"]["pixel_AUROC"]
+    assert frame.at["int8 PTQ", "pixel_AUROC_change"] == pytest.approx(change)
+    title, _, heading, _, *lines = (output / "formats.md").read_text().splitlines()
+    assert title == "## stripes"
+    assert heading.count("|") == 11
+    assert [line.split("|")[2].strip() for line in lines] == list(rows)
+
+
 def test_the_report_stands_alone(output: Path, folder: Path) -> None:
     html = (output / "report.html").read_text()
     assert "small InTra &lt;1&gt;" in html
@@ -106,11 +125,17 @@ def test_several_devices_are_refused(arguments: list[str], tmp_path: Path) -> No
 
 
 def test_a_model_without_export_is_reported(arguments: list[str], output: Path, folder: Path) -> None:
-    text = (folder / "result.json").read_text()
-    (folder / "result.json").write_text(json.dumps(json.loads(text) | {"openvino_ms": None, "openvino_mb": None}))
+    lacking = {"result.json": {"openvino_ms": None, "openvino_mb": None}, "formats.json": {"fp16": {}}}
+    texts = {name: (folder / name).read_text() for name in lacking}
+    for name, text in texts.items():
+        (folder / name).write_text(json.dumps(json.loads(text) | lacking[name]))
     main([*arguments, "--only_report"])
-    (folder / "result.json").write_text(text)
+    for name, text in texts.items():
+        (folder / name).write_text(text)
     assert np.isnan(pd.read_csv(output / "results.csv")["openvino_ms"].item())
+    assert pd.read_csv(output / "formats.csv", index_col="format").loc["fp16", "milliseconds":].isna().all()
+    [line] = [line for line in (output / "formats.md").read_text().splitlines() if "fp16" in line]
+    assert set(line.split("fp16")[1]) == {" ", "|"}
 
 
 def test_the_clearest_and_the_hardest_cases_are_shown() -> None:
@@ -137,7 +162,8 @@ def test_anomalib_reads_the_configs_of_the_demo(tmp_path: Path) -> None:
 
 
 def test_anomalib_knows_the_models_of_the_configs(tmp_path: Path) -> None:
-    for run in read_runs(config_path("compare/folder.yaml"), tmp_path):
+    runs = [run for name in ("folder", "formats") for run in read_runs(config_path(f"compare/{name}.yaml"), tmp_path)]
+    for run in runs:
         assert issubclass(getattr(anomalib.models, run.config["model"]["class_path"]), AnomalibModule)
     benchmark = yaml.safe_load(config_path("compare/benchmark.yaml").read_text())["benchmark"]
     jobs = [(get_model(job["model"]), get_datamodule(job["data"])) for job in get_iterator_from_grid_dict(benchmark)]

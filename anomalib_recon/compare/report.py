@@ -10,6 +10,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from anomalib_recon.files import write_whole
+from anomalib_recon.reproduce.training import read_json
 
 from .plots import histograms, roc_curves, speed_against_accuracy
 from .runs import Run
@@ -27,6 +28,18 @@ COLUMNS: tuple[tuple[str, str, str, bool | None], ...] = (
     ("openvino_mb", "size, MB", "{:.1f}", False),
     ("training_seconds", "training, s", "{:.0f}", False),
 )
+
+# column of formats.csv, its heading and number format
+FORMAT_COLUMNS: dict[str, tuple[str, str]] = {
+    "milliseconds": ("ms", ".1f"),
+    "speed_up": ("times as fast as torch", ".2f"),
+    "images_per_second": ("images/s", ".1f"),
+    "mib": ("MiB", ".1f"),
+    "image_AUROC": ("image AUROC", ".4f"),
+    "image_AUROC_change": ("change", "+.4f"),
+    "pixel_AUROC": ("pixel AUROC", ".4f"),
+    "pixel_AUROC_change": ("change ", "+.4f"),
+}
 
 
 def results_frame(runs: Sequence[Run]) -> pd.DataFrame:
@@ -55,8 +68,36 @@ def table_rows(frame: pd.DataFrame) -> list[dict[str, object]]:
     ]
 
 
+def formats_frame(runs: Sequence[Run]) -> pd.DataFrame:
+    """Figures of the formats in which models were exported, a line for each data set, model and format."""
+    frames = {}
+    for run in runs:
+        if rows := read_json(run.folder / "formats.json"):
+            frame = pd.DataFrame.from_dict(rows, orient="index")
+            for metric in ("image_AUROC", "pixel_AUROC"):
+                frame[f"{metric}_change"] = frame[metric] - frame.at["torch", metric]
+            frames[run.data, run.model] = frame
+    return pd.concat(frames, names=["data", "model", "format"])[list(FORMAT_COLUMNS)]
+
+
+def formats_tables(frame: pd.DataFrame) -> str:
+    """The same as Markdown, with a table for each data set."""
+    frame = frame.astype(object).where(frame.notna(), None)
+    tables = [
+        f"## {data}\n\n"
+        + frame.loc[data]
+        .rename(columns={name: heading for name, (heading, _) in FORMAT_COLUMNS.items()})
+        .reset_index()
+        .to_markdown(index=False, floatfmt=("", "", *(form for _, form in FORMAT_COLUMNS.values())), missingval="")
+        for data in frame.index.unique("data")
+    ]
+    return "\n\n".join(tables) + "\n"
+
+
 def write_report(runs: Sequence[Run], title: str, output: Path) -> Path:
     """Write ``report.html``, ``results.csv`` and the plots of all finished runs.
+
+    Where formats were measured, ``formats.md`` and ``formats.csv``, too.
 
     Args:
         runs (Sequence[Run]): The runs of the comparison.
@@ -107,6 +148,10 @@ def write_report(runs: Sequence[Run], title: str, output: Path) -> Path:
     for name, content in pictures.items():
         write_whole(output / name, content)
     write_whole(output / "results.csv", frame.to_csv(index=False).encode())
+    if any(run.formats for run in finished):
+        formats = formats_frame(finished)
+        write_whole(output / "formats.csv", formats.to_csv().encode())
+        write_whole(output / "formats.md", formats_tables(formats).encode())
     write_whole(output / "report.html", html.encode())
     return output / "report.html"
 

@@ -25,6 +25,7 @@ from anomalib_recon.reproduce.training import (
     write_json,
 )
 
+from .formats import measure_formats
 from .plots import cases
 from .scores import openvino_milliseconds, score, torch_milliseconds
 
@@ -42,6 +43,7 @@ class Run:
         arguments (Sequence[str]): Further arguments of ``anomalib train``.
         seed (int): Seed of the training.
         folder (Path): Folder of this run alone.
+        formats (bool): Measure every format of the export, too.
     """
 
     model: str
@@ -50,6 +52,7 @@ class Run:
     arguments: Sequence[str]
     seed: int
     folder: Path
+    formats: bool
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -59,7 +62,12 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """All that the result depends on."""
-        return {"config": dict(self.config), "arguments": list(self.arguments), "seed": self.seed}
+        return {
+            "config": dict(self.config),
+            "arguments": list(self.arguments),
+            "seed": self.seed,
+            "formats": self.formats,
+        }
 
     def check(self) -> None:
         """Refuse a folder whose run was started with other settings.
@@ -72,7 +80,8 @@ class Run:
     def run(self) -> None:
         """Train and measure the model unless that has been done; an interrupted training continues.
 
-        Leaves ``result.json``, ``scores.npz``, ``cases.png`` and the exported model in the folder.
+        Leaves ``result.json``, ``scores.npz``, ``cases.png`` and the exported model in the folder, and ``formats.json``
+        if formats are measured.
         """
         if self.result is not None:
             return
@@ -90,7 +99,7 @@ class Run:
         write_whole(self.folder / "scores.npz", scores.to_bytes())
         write_whole(self.folder / "cases.png", cases(scores, maps, masks, threshold))
         device = trained.engine.trainer.strategy.root_device
-        return {
+        result = {
             **metrics,
             "threshold": threshold,
             "torch_ms": torch_milliseconds(trained.model, scores.paths, device),
@@ -99,6 +108,9 @@ class Run:
             "seed": self.seed,
             "hardware": hardware(trained.engine.trainer),
         }
+        if self.formats:
+            measure_formats(trained, scores, self.folder)
+        return result
 
 
 def _prepare(cli: AnomalibCLI) -> None:
@@ -128,7 +140,8 @@ def read_runs(config: Path, output: Path, arguments: Sequence[str] = ()) -> list
 
     Args:
         config (Path): YAML file with ``seed``, ``models`` (for each name, ``model`` and ``trainer`` of a config of
-            ``anomalib train``) and ``datasets`` (for each name, its ``data``).
+            ``anomalib train``) and ``datasets`` (for each name, its ``data``); ``formats: true`` measures every
+            format of the export.
         output (Path): Folder of all results.
         arguments (Sequence[str]): Further arguments of ``anomalib train`` for every run.
 
@@ -151,6 +164,7 @@ def read_runs(config: Path, output: Path, arguments: Sequence[str] = ()) -> list
             arguments=arguments,
             seed=content.get("seed", 0),
             folder=output / _folder_name(data) / _folder_name(model),
+            formats=content.get("formats", False),
         )
         for data, dataset in content["datasets"].items()
         for model, settings in content["models"].items()

@@ -5,9 +5,9 @@
 import io
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,9 @@ from anomalib_recon.reproduce.training import Trained
 PICTURE_SIZE = 192
 WARM_UP = 2
 REPEATS = 10
+
+# from images of shape (B, 3, H, W) to what an exported model gives, by name
+Infer = Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -107,22 +110,61 @@ def torch_milliseconds(model: AnomalibModule, paths: Sequence[str], device: torc
             torch.cuda.synchronize(device)
 
     with torch.inference_mode():
-        return _median_milliseconds(infer, paths)
+        return median_milliseconds([infer], paths)[0]
 
 
 def openvino_milliseconds(model: Path, paths: Sequence[str]) -> float:
     """The same for an OpenVINO model (``.xml``) on the CPU, in fp32."""
-    # some CPUs would otherwise compute in bfloat16
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return _median_milliseconds(lambda image: compiled(image.numpy()), paths)
+    compiled = compile_openvino(model)
+    return median_milliseconds([openvino_inference(compiled)], paths)[0] / fixed_batch(compiled)
 
 
-def _median_milliseconds(infer: Callable[[torch.Tensor], object], paths: Sequence[str]) -> float:
+def compile_openvino(model: Path, precision: str = "f32", **config: str) -> openvino.CompiledModel:
+    """Compile an OpenVINO model for the CPU.
+
+    Args:
+        model (Path): The ``.xml`` file.
+        precision (str): Arithmetic, ``"f32"`` or ``"bf16"``; left alone, OpenVINO takes the latter where the CPU can.
+        **config (str): Further properties of OpenVINO.
+
+    Returns:
+        openvino.CompiledModel: The model.
+    """
+    return openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision, **config})
+
+
+def fixed_batch(compiled: openvino.CompiledModel) -> int:
+    """Number of images that a graph takes at a time, if that is fixed, as in anomalib's PatchCore; or else 1."""
+    size = compiled.input(0).partial_shape[0]
+    return size.get_length() if size.is_static else 1
+
+
+def openvino_inference(compiled: openvino.CompiledModel) -> Infer:
+    """Make a function of an OpenVINO model, from an image of shape ``(1, 3, H, W)`` to its outputs by name.
+
+    The image is repeated for a graph of a fixed batch.
+    """
+    batch_size = fixed_batch(compiled)
+
+    def infer(image: torch.Tensor) -> dict[str, torch.Tensor]:
+        outputs = compiled(image.expand(batch_size, -1, -1, -1).numpy())
+        return {output.any_name: torch.from_numpy(outputs[output][:1]) for output in compiled.outputs}
+
+    return infer
+
+
+def median_milliseconds(inferences: Sequence[Callable[[torch.Tensor], object]], paths: Sequence[str]) -> list[float]:
+    """Median time of each function for an image of its own size, all timed in turns.
+
+    So their ratios hold on a machine whose speed drifts.
+    """
     milliseconds = []
     for path in islice(cycle(paths), WARM_UP + REPEATS):
         image = read_image(path, as_tensor=True)
         assert isinstance(image, torch.Tensor)
-        start = time.perf_counter()
-        infer(image[None])
-        milliseconds.append(1000 * (time.perf_counter() - start))
-    return statistics.median(milliseconds[WARM_UP:])
+        times = [time.perf_counter()]
+        for infer in inferences:
+            infer(image[None])
+            times.append(time.perf_counter())
+        milliseconds.append([1000 * (end - start) for start, end in pairwise(times)])
+    return [statistics.median(column) for column in zip(*milliseconds[WARM_UP:], strict=True)]

@@ -34,7 +34,7 @@ FORMAT_COLUMNS: dict[str, tuple[str, str]] = {
     "milliseconds": ("ms", ".1f"),
     "speed_up": ("times as fast as torch", ".2f"),
     "images_per_second": ("images/s", ".1f"),
-    "mib": ("MiB", ".1f"),
+    "mb": ("MB", ".1f"),
     "image_AUROC": ("image AUROC", ".4f"),
     "image_AUROC_change": ("change", "+.4f"),
     "pixel_AUROC": ("pixel AUROC", ".4f"),

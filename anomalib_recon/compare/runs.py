@@ -27,7 +27,7 @@ from anomalib_recon.reproduce.training import (
 
 from .formats import measure_formats
 from .plots import cases
-from .scores import openvino_milliseconds, score, torch_milliseconds
+from .scores import Scores, openvino_milliseconds, score, torch_milliseconds
 
 logger = logging.getLogger(__name__)
 
@@ -99,18 +99,23 @@ class Run:
         write_whole(self.folder / "scores.npz", scores.to_bytes())
         write_whole(self.folder / "cases.png", cases(scores, maps, masks, threshold))
         device = trained.engine.trainer.strategy.root_device
-        result = {
+        return {
             **metrics,
             "threshold": threshold,
             "torch_ms": torch_milliseconds(trained.model, scores.paths, device),
-            **_measure_export(trained, self.folder, scores.paths),
+            **(
+                self._measure_formats(trained, scores)
+                if self.formats
+                else _measure_export(trained, self.folder, scores)
+            ),
             "training_seconds": trained.seconds,
             "seed": self.seed,
             "hardware": hardware(trained.engine.trainer),
         }
-        if self.formats:
-            measure_formats(trained, scores, self.folder)
-        return result
+
+    def _measure_formats(self, trained: Trained, scores: Scores) -> dict[str, float | None]:
+        fp32 = measure_formats(trained, scores, self.folder)["fp32"]
+        return {"openvino_ms": fp32.get("milliseconds"), "openvino_mb": fp32.get("mb")}
 
 
 def _prepare(cli: AnomalibCLI) -> None:
@@ -122,12 +127,12 @@ def _prepare(cli: AnomalibCLI) -> None:
     cli.model.visualizer = None  # the report has its own pictures
 
 
-def _measure_export(trained: Trained, folder: Path, paths: Sequence[str]) -> dict[str, float | None]:
+def _measure_export(trained: Trained, folder: Path, scores: Scores) -> dict[str, float | None]:
     trained.model.cpu()
     try:
         exported = trained.engine.export(trained.model, ExportType.OPENVINO, export_root=folder)
         assert exported is not None
-        milliseconds = openvino_milliseconds(exported, paths)
+        milliseconds = openvino_milliseconds(exported, scores.paths)
     except Exception:  # whatever keeps one model from being exported, the others are still to be compared
         logger.exception("The model cannot be exported to OpenVINO or not be run there; its report goes without.")
         return {"openvino_ms": None, "openvino_mb": None}

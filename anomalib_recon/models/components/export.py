@@ -1,18 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Export to ONNX in the operator set in which the graph is made."""
+"""Export to ONNX in the operator set in which the graph is made, and to int8 without losing the scores."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from anomalib.data import AnomalibDataModule
+
+if TYPE_CHECKING:
+    import openvino
 
 OPSET_VERSION = 18
+# what an OpenVINO model computes nothing by: what is behind them is no part of the comparison
+NOT_COMPUTED = {"Constant", "Parameter", "ShapeOf"}
 
 
 class CurrentOpsetExport:
     """Mixin of models whose graph no converter brings to operator set 14, for which anomalib asks.
 
     The attempt ends in a printed traceback, and the graph stays as it is.
+
+    Quantisation after training (``int8_ptq``) leaves the comparison of an image with its reconstruction, or with normal
+    features, in floating point. anomalib would quantise it, too, to the range that it has for the images it calibrates
+    with: with good images alone, it cuts off what is anomalous.
     """
+
+    # layers with weights that are part of the comparison
+    comparison_layers = 0
 
     def to_onnx(
         self,
@@ -34,3 +48,47 @@ class CurrentOpsetExport:
         """
         arguments = {"opset_version": OPSET_VERSION, **kwargs}
         return super().to_onnx(export_root, model_file_name, input_size, **arguments)  # type: ignore[misc]
+
+    def _post_training_quantization_ov(
+        self, model: "openvino.Model", datamodule: AnomalibDataModule | None = None
+    ) -> "openvino.Model":
+        """Quantise all but the comparison, where anomalib's method of this name quantises all."""
+        import nncf  # noqa: PLC0415  # slow, and only needed here
+
+        if datamodule is None:
+            msg = "compression_type=int8_ptq needs images to calibrate with: pass datamodule, or --data in a command."
+            raise ValueError(msg)
+        datamodule.setup("fit")
+        images = nncf.Dataset(datamodule.val_dataloader(), lambda batch: batch.image)
+        comparison = nncf.IgnoredScope(names=comparison_operations(model, self.comparison_layers))
+        return nncf.quantize(model, images, ignored_scope=comparison)
+
+
+def comparison_operations(model: "openvino.Model", num_layers: int) -> list[str]:
+    """Name the operations between the last layers with weights and the outputs of an OpenVINO model.
+
+    Args:
+        model (openvino.Model): The model.
+        num_layers (int): Layers with weights that are counted in.
+
+    Returns:
+        list[str]: Names of the operations.
+    """
+    found: dict[str, int] = {}
+    waiting = [(value.get_node(), num_layers) for result in model.get_results() for value in result.input_values()]
+    while waiting:
+        node, left = waiting.pop()
+        left -= _has_weights(node)
+        name = node.get_friendly_name()
+        if left < 0 or left <= found.get(name, -1) or node.get_type_name() in NOT_COMPUTED:
+            continue
+        found[name] = left
+        waiting += [(value.get_node(), left) for value in node.input_values()]
+    return sorted(found)
+
+
+def _has_weights(node: "openvino.Node") -> bool:
+    """Whether it is a layer with weights: neither a filter of a map, of one channel, nor a resize, of four axes."""
+    if node.get_type_name() == "Convolution":
+        return node.input_value(1).get_partial_shape()[1].get_length() > 1
+    return node.get_type_name() == "MatMul" and len(node.get_output_partial_shape(0)) < 4

@@ -135,6 +135,8 @@ class PatchAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type
         ConnectionError: If the backbone's weights can be had neither from the local cache nor from the network.
     """
 
+    comparison_layers = 1  # the whitening
+
     def __init__(
         self,
         backbone: str = "wide_resnet101_2",

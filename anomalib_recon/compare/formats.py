@@ -46,7 +46,7 @@ THROUGHPUT_IMAGES = 16
 def measure_formats(trained: Trained, scores: Scores, folder: Path) -> dict[str, dict[str, Any]]:
     """Export a model in every format, and measure each on the CPU.
 
-    Leaves ``formats.json``, written anew after each format, with ``milliseconds`` of an image, ``speed_up`` over torch
+    Leaves ``formats.json``, written anew after each export, with ``milliseconds`` of an image, ``speed_up`` over torch
     (timed in turns), ``images_per_second``, ``mb`` of the file, ``image_AUROC`` and ``pixel_AUROC`` of raw scores,
     under the format's name. What is in the file is not done again. The model gives raw scores from then on.
 
@@ -70,25 +70,30 @@ def measure_formats(trained: Trained, scores: Scores, folder: Path) -> dict[str,
     for compression, arithmetics in FORMATS.items():
         if arithmetics.keys() <= rows.keys():
             continue
-        exported = _export(trained, compression, folder / "formats" / next(iter(arithmetics)))
-        for name, arithmetic in arithmetics.items():
-            rows[name] = _measure_openvino(exported, arithmetic, trained, scores) if exported else {}
-            write_json(file, rows)
+        try:
+            exported = _export(trained, compression, folder / "formats" / next(iter(arithmetics)))
+            measured = {
+                name: _measure_openvino(exported, arithmetic, trained, scores)
+                for name, arithmetic in arithmetics.items()
+            }
+        except Exception:  # the other formats are still to be compared
+            logger.exception("%s cannot be measured; the table goes without.", " and ".join(arithmetics))
+            measured = {name: {} for name in arithmetics}
+        rows |= measured
+        write_json(file, rows)
     return rows
 
 
-def _export(trained: Trained, compression: CompressionType | None, folder: Path) -> Path | None:
-    try:
-        return trained.engine.export(
-            trained.model,
-            ExportType.OPENVINO,
-            export_root=folder,
-            compression_type=compression,
-            datamodule=_calibration(trained),
-        )
-    except Exception:  # the other formats are still to be compared
-        logger.exception("The model cannot be exported with compression %s.", compression)
-        return None
+def _export(trained: Trained, compression: CompressionType | None, folder: Path) -> Path:
+    exported = trained.engine.export(
+        trained.model,
+        ExportType.OPENVINO,
+        export_root=folder,
+        compression_type=compression,
+        datamodule=_calibration(trained),
+    )
+    assert exported is not None
+    return exported
 
 
 def _calibration(trained: Trained) -> AnomalibDataModule:

@@ -76,6 +76,12 @@ def test_patch_ae_exports_its_search_as_a_scan() -> None:
     assert torch.equal(total, torch.full((2,), 4.0))
 
 
+def test_the_export_quantises_by_a_method_of_this_name() -> None:
+    method = AnomalibModule._post_training_quantization_ov
+    assert list(inspect.signature(method).parameters)[-2:] == ["model", "datamodule"]
+    assert method.__name__ in inspect.getsource(AnomalibModule._compress_ov_model)
+
+
 def test_the_evaluator_knows_what_a_metric_compares() -> None:
     metrics = Padim.configure_evaluator().test_metrics
     assert {field for metric in metrics for field in metric.fields} >= {"pred_score", "gt_label", "pred_label"}

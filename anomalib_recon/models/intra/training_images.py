@@ -43,15 +43,10 @@ def rotate_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
         Tensor: Images of the same shape.
     """
 
-    def coins() -> list[bool]:
-        return (torch.rand(len(images), generator=generator, device=images.device) < 0.5).tolist()
+    def maybe(changed: Tensor) -> Tensor:
+        coin = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < 0.5
+        return torch.where(coin, changed, images)
 
-    is_square = images.shape[-1] == images.shape[-2]
-    turned = []
-    # image by image, because a choice for all at once writes the whole batch several times
-    for image, across, down, over in zip(
-        images, coins(), coins(), coins() if is_square else [False] * len(images), strict=True
-    ):
-        flipped = image.flip([dim for dim, is_flipped in ((-1, across), (-2, down)) if is_flipped])
-        turned.append(flipped.transpose(-1, -2) if over else flipped)
-    return torch.stack(turned)
+    images = maybe(images.flip(-1))
+    images = maybe(images.flip(-2))
+    return maybe(images.transpose(-1, -2)) if images.shape[-1] == images.shape[-2] else images

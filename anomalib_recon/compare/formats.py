@@ -25,7 +25,15 @@ from anomalib_recon.metrics import AUROC
 from anomalib_recon.post_processing.normal_images import normal_images
 from anomalib_recon.reproduce.training import Trained, read_json, write_json
 
-from .scores import Infer, Scores, compile_openvino, fixed_batch, median_milliseconds, openvino_inference
+from .scores import (
+    Infer,
+    Scores,
+    compile_openvino,
+    fixed_batch,
+    median_milliseconds,
+    openvino_inference,
+    openvino_megabytes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +147,7 @@ def _measure_openvino(exported: Path, arithmetic: str, trained: Trained, scores:
         "milliseconds": milliseconds,
         "speed_up": torch_milliseconds / milliseconds,
         "images_per_second": _throughput(exported, arithmetic, scores),
-        "mb": sum(exported.with_suffix(suffix).stat().st_size for suffix in (".xml", ".bin")) / 1e6,
+        "mb": openvino_megabytes(exported),
         **_auroc(infer, trained.datamodule.test_data),
     }
 

@@ -27,7 +27,7 @@ from anomalib_recon.reproduce.training import (
 
 from .formats import measure_formats
 from .plots import cases
-from .scores import Scores, openvino_milliseconds, score, torch_milliseconds
+from .scores import Scores, openvino_megabytes, openvino_milliseconds, score, torch_milliseconds
 
 logger = logging.getLogger(__name__)
 
@@ -136,8 +136,7 @@ def _measure_export(trained: Trained, folder: Path, scores: Scores) -> dict[str,
     except Exception:  # whatever keeps one model from being exported, the others are still to be compared
         logger.exception("The model cannot be exported to OpenVINO or not be run there; its report goes without.")
         return {"openvino_ms": None, "openvino_mb": None}
-    size = sum(exported.with_suffix(suffix).stat().st_size for suffix in (".xml", ".bin"))
-    return {"openvino_ms": milliseconds, "openvino_mb": size / 1e6}
+    return {"openvino_ms": milliseconds, "openvino_mb": openvino_megabytes(exported)}
 
 
 def read_runs(config: Path, output: Path, arguments: Sequence[str] = ()) -> list[Run]:

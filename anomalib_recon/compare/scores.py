@@ -133,6 +133,11 @@ def compile_openvino(model: Path, precision: str = "f32", **config: str) -> open
     return openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision, **config})
 
 
+def openvino_megabytes(model: Path) -> float:
+    """Size of an OpenVINO model (``.xml``) with its weights."""
+    return sum(model.with_suffix(suffix).stat().st_size for suffix in (".xml", ".bin")) / 1e6
+
+
 def fixed_batch(compiled: openvino.CompiledModel) -> int:
     """Number of images that a graph takes at a time, if that is fixed, as in anomalib's PatchCore; or else 1."""
     size = compiled.input(0).partial_shape[0]

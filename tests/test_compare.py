@@ -64,7 +64,8 @@ def test_results_are_those_of_scikit_learn_on_the_saved_scores(output: Path, fol
     scores = Scores.read(folder / "scores.npz")
     assert [Path(path).parent.name == "hole" for path in scores.paths] == scores.labels.tolist()
     assert line["image_AUROC"] == pytest.approx(roc_auc_score(scores.labels, scores.scores), abs=1e-6)
-    expected_f1 = f1_score(scores.labels, scores.scores > line["threshold"])
+    # the threshold is the score of an image up to rounding, and such an image is not above it
+    expected_f1 = f1_score(scores.labels, scores.scores > line["threshold"] * (1 + 1e-5))
     assert line["image_F1Score"] == pytest.approx(expected_f1, abs=1e-6)
     exported = folder / "formats" / "fp32" / "weights" / "openvino"
     size = sum((exported / name).stat().st_size for name in ("model.xml", "model.bin"))

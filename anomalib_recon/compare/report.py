@@ -73,7 +73,7 @@ def formats_frame(runs: Sequence[Run]) -> pd.DataFrame:
     frames = {}
     for run in runs:
         if rows := read_json(run.folder / "formats.json"):
-            frame = pd.DataFrame.from_dict(rows, orient="index")
+            frame = pd.DataFrame(list(rows.values()), index=list(rows))
             for metric in ("image_AUROC", "pixel_AUROC"):
                 frame[f"{metric}_change"] = frame[metric] - frame.at["torch", metric]
             frames[run.data, run.model] = frame

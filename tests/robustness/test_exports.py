@@ -57,7 +57,7 @@ def test_openvino(trained: Trained, exported: Exported, stripes: Path) -> None:
 def test_openvino_in_threads(trained: Trained, exported: Exported, stripes: Path) -> None:
     """An inferencer of anomalib serves one thread: others are told that it is busy. Each thread has its own."""
     path = exported(*trained, ExportType.OPENVINO)
-    images = [*images_of(stripes, (64, 64)).transpose(0, 2, 3, 1)] * 2
+    images = [*images_of(stripes, (64, 64)).transpose(0, 2, 3, 1)] * 8
     own = threading.local()
 
     def predict(image: np.ndarray) -> NumpyImageBatch:

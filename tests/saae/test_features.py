@@ -65,7 +65,7 @@ def test_blocks_after_the_last_one_used_are_neither_kept_nor_run(weights: Path) 
     [
         ("deit_tiny_distilled_patch16_224", (64, 96), (5 * 192, 4, 6)),
         ("vit_small_patch14_reg4_dinov2", (56, 70), (5 * 384, 4, 5)),
-        ("vit_tiny_patch16_dinov3_qkvb", (64, 96), (5 * 192, 4, 6)),
+        ("vit_small_patch16_dinov3_qkvb", (64, 96), (5 * 384, 4, 6)),
         ("resnet18", (64, 96), (64 + 64 + 128 + 256 + 512, 8, 12)),
         ("efficientnet_b4", (64, 64), (24 + 32 + 56 + 160 + 448, 8, 8)),
     ],

@@ -102,7 +102,7 @@ def test_metrics_of_a_test(trained: tuple[SAAE, Engine, Probe], stripes: Path) -
 
 def test_a_vision_transformer_trains(stripes: Path, tmp_path: Path) -> None:
     probe = Probe()
-    model = SAAE("vit_tiny_patch16_dinov3_qkvb", pre_trained=False, image_size=(64, 80), patch_size=1, **SCHEDULE)
+    model = SAAE("vit_small_patch16_dinov3_qkvb", pre_trained=False, image_size=(64, 80), patch_size=1, **SCHEDULE)
     train(stripes, tmp_path, model=model, callbacks=[probe])
     assert probe.losses[-1] < probe.losses[0]
     assert model.model.feature_extractor.grid_size == (4, 5)

@@ -68,7 +68,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty.png": (Path.touch, "cannot be read"),
     "text.png": (lambda path: path.write_text("no image"), "cannot be read"),
     "huge.bmp": (declared_huge, "cannot be read"),
-    "16 bits.png": (lambda path: Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(path), "mode I"),
+    "16 bits.png": (lambda path: Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(path), "mode I(;16)?,"),
     "32 bits.tiff": (lambda path: Image.fromarray(np.full((9, 9), 70_000, np.int32)).save(path), "mode I"),
     "float.tiff": (lambda path: Image.fromarray(np.ones((9, 9), np.float32)).save(path), "mode F"),
 }

@@ -69,7 +69,7 @@ class OneWindowOfEachFile(Dataset):
         image = self.resize(read_image(self.paths[index], as_tensor=True))
         generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
         tokens, covered = self.model.draw_windows(1, generator)
-        return self.model.patchify(image[None])[0, tokens[0]], tokens[0], covered[0]
+        return self.model.patchify(image[None])[0, tokens[0]], tokens[0], covered[0, 0]
 
 
 class UsualLoop:
@@ -136,10 +136,10 @@ class Turns(Callback):
 def flops_per_step(depth: int) -> int:
     """Of the matrix products of a step; backward they are twice those of the forward pass."""
     model = InTraModel(depth=depth).to("meta")
-    tokens, covered = model.tokens[:WINDOWS_PER_STEP], model.covered[:WINDOWS_PER_STEP].flatten()
+    tokens, covered = model.tokens[:WINDOWS_PER_STEP], model.covered[:WINDOWS_PER_STEP]
     patches = model.patchify(torch.empty(NUM_PICTURES, 3, *model.image_size, device="meta"))
     with FlopCounterMode(display=False) as counter:
-        model.inpaint(patches, torch.zeros_like(covered), tokens, covered)
+        model.inpaint(patches, torch.zeros(len(tokens), dtype=torch.long, device="meta"), tokens, covered)
     return 3 * counter.get_total_flops()
 
 

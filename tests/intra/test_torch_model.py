@@ -118,7 +118,7 @@ def test_reconstruction_equals_one_forward_for_each_patch(
     # training takes another way through the same network
     patches = model.patchify(images)
     image_index = torch.arange(2).repeat_interleave(30)
-    inpainted = model.inpaint(patches, image_index, model.tokens.repeat(2, 1), model.covered.flatten().repeat(2))
+    inpainted = model.inpaint(patches, image_index, model.tokens.repeat(2, 1), model.covered.repeat(2, 1))
     torch.testing.assert_close(inpainted.view_as(patches), model.patchify(expected), atol=1e-5, rtol=1e-4)
 
 
@@ -130,7 +130,7 @@ def test_long_residuals_join_the_blocks_of_the_paper() -> None:
         block.attention_norm.register_forward_pre_hook(lambda _, args, index=index: inputs.update({index: args[0]}))
         block.mlp.register_forward_hook(lambda _, args, output, index=index: outputs.update({index: output}))
         block.mlp_norm.register_forward_pre_hook(lambda _, args, index=index: outputs.update({-index - 1: args[0]}))
-    model.inpaint(torch.rand(1, 30, 192), torch.zeros(1, dtype=torch.long), model.tokens[:1], model.covered[0])
+    model.inpaint(torch.rand(1, 30, 192), torch.zeros(1, dtype=torch.long), model.tokens[:1], model.covered[:1])
     complete = [outputs[-index - 1] + outputs[index] for index in range(12)]
     for late in range(1, 13):
         added = complete[12 - late] if late >= 7 else 0
@@ -185,6 +185,10 @@ def test_covered_patches_are_painted_as_by_one_forward_for_each_window(
         for image, result in zip(images, reconstruction, strict=True):
             expected = paint_by_the_paper(model, image, (corner[0] + 1, corner[1] + 1), places)
             torch.testing.assert_close(result[sorted(group)], expected, atol=1e-5, rtol=1e-4)
+    # training takes another way through the same network
+    inpainted = model.inpaint(model.patchify(images), torch.ones(len(model.tokens)).long(), model.tokens, model.covered)
+    painted = model.tokens.gather(1, model.covered).flatten()
+    torch.testing.assert_close(inpainted, reconstruction[1, painted], atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -257,11 +261,24 @@ def test_windows_are_drawn_everywhere_and_repeatably() -> None:
     model = small_model()
     tokens, covered = model.draw_windows(4000, torch.Generator().manual_seed(0))
     assert tokens.shape == (4000, 9)
-    assert set(covered.tolist()) == set(range(9))
+    assert covered.shape == (4000, 1)
+    assert set(covered.flatten().tolist()) == set(range(9))
     assert set(tokens[:, 0].tolist()) == {row * 5 + col for row in range(4) for col in range(3)}
     assert bool((tokens.diff(dim=1) > 0).all())
     again, _ = model.draw_windows(4000, torch.Generator().manual_seed(0))
     assert torch.equal(tokens, again)
+
+
+@pytest.mark.parametrize(("count", "side"), [(4, 5), (4, 7), (9, 7)])
+def test_windows_are_drawn_with_patches_covered_apart(count: int, side: int) -> None:
+    model = small_model(image_size=(56, 72), window_size=side, readout="token", covered_per_window=count)
+    _, covered = model.draw_windows(4000, torch.Generator().manual_seed(0))
+    assert covered.shape == (4000, count)
+    assert set(covered.flatten().tolist()) == set(range(side**2))
+    apart, number = side // math.isqrt(count), math.isqrt(count)
+    for group in covered.unique(dim=0).tolist():
+        row, col = divmod(group[0], side)
+        assert group == [(row + i * apart) * side + col + j * apart for i in range(number) for j in range(number)]
 
 
 def test_scores_follow_from_the_reconstruction() -> None:

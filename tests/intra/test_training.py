@@ -88,6 +88,15 @@ def test_every_training_image_yields_its_windows(trained: tuple[InTra, Engine, P
     assert engine.trainer.global_step == len(probe.windows)
 
 
+def test_each_window_trains_all_its_covered_patches(stripes: Path, tmp_path: Path) -> None:
+    model = InTra(**{**SMALL, "window_size": 4, "readout": "token"}, **SCHEDULE, covered_per_window=4)
+    probe = Probe()
+    model, engine = train(stripes, tmp_path, model=model, callbacks=[probe])
+    assert sum(probe.windows) == 4 * 4 * 11 * 40  # epochs, patches, images that are not held out, windows per image
+    assert engine.trainer.global_step == len(probe.windows)
+    assert min(model.held_out_losses) < 0.5 * model.held_out_losses[0]
+
+
 def test_validation_images_are_inpainted_once(trained: tuple[InTra, Engine, Probe]) -> None:
     model, _, probe = trained
     assert probe.validations == 1

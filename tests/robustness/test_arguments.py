@@ -107,7 +107,7 @@ def test_intra(arguments: dict[str, Any]) -> None:
     patches = model.patchify(images)
     tokens, covered = model.draw_windows(2, torch.Generator().manual_seed(0))
     inpainted = model.inpaint(patches, torch.arange(2), tokens, covered)
-    original = patches[torch.arange(2), tokens.gather(1, covered[:, None]).squeeze(1)]
+    original = patches[torch.arange(2), tokens.gather(1, covered).squeeze(1)]
     assert_trains(model, InTraLoss()(model.pixels(inpainted), model.pixels(original)))
     assert_scores(model, images)
 

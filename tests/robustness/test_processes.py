@@ -179,7 +179,7 @@ def step_with_windows_of_both(model: InTra) -> None:
         network = model.model
         patches = network.patchify(rotate_and_flip(images, generator))
         tokens, covered = network.draw_windows(len(index), generator)
-        original = patches[index, tokens[torch.arange(len(index)), covered]]
+        original = patches[index, tokens.gather(1, covered).squeeze(1)]
         return model.loss(network.pixels(network.inpaint(patches, index, tokens, covered)), network.pixels(original))
 
     def training_step(batch: Batch, *args) -> None:

@@ -136,8 +136,8 @@ class InTra(CurrentOpsetExport, AnomalibModule):  # type: ignore[misc]  # anomal
             Defaults to ``True``.
         windows_per_chunk (int): Windows inpainted at a time outside training; bounds memory, changes no result.
             Defaults to ``32``.
-        covered_per_window (int): Patches covered and painted at a time in a window outside training: 1 is exact; 4 and
-            9 are about as many times faster, an approximation, and need ``readout="token"``.
+        covered_per_window (int): Patches covered and painted at a time in a window, in training and outside: 1 is
+            exact; 4 and 9 make inference about as many times faster, an approximation, and need ``readout="token"``.
             Defaults to ``1``.
         pre_processor (PreProcessor | bool): Pre-processor.
             Defaults to ``True``.
@@ -349,7 +349,7 @@ class InTra(CurrentOpsetExport, AnomalibModule):  # type: ignore[misc]  # anomal
     def _loss(self, patches: Tensor, image_index: Tensor, tokens: Tensor, covered: Tensor) -> Tensor:
         """Mean loss of windows; the arguments are those of :meth:`InTraModel.inpaint`."""
         inpainted = self.model.inpaint(patches, image_index, tokens, covered)
-        original = patches[image_index, tokens.gather(1, covered[:, None]).squeeze(1)]
+        original = patches[image_index[:, None], tokens.gather(1, covered)].flatten(0, 1)
         return self.loss(self.model.pixels(inpainted), self.model.pixels(original))
 
     def _tell_if_long(self) -> None:

@@ -167,9 +167,9 @@ class InTraModel(nn.Module):
         sigmoid (bool): End in a sigmoid (version 3) or in the affine map (version 1).
         windows_per_chunk (int): Windows that are inpainted at a time by :meth:`reconstruct`. Bounds its memory, changes
             nothing else. An exported model takes as many windows of each image of the batch.
-        covered_per_window (int): Patches that :meth:`reconstruct` covers in a window, far apart, and paints at a time:
-            1 (exact), or the square of a whole number up to L / 2, which takes about as many times fewer windows and
-            needs ``readout="token"``.
+        covered_per_window (int): Patches c that are covered in a window, far apart, and painted at a time, in
+            :meth:`reconstruct` and :meth:`draw_windows`: 1 (exact), or the square of a whole number up to L / 2, which
+            takes about as many times fewer windows and needs ``readout="token"``.
 
     Raises:
         ValueError: If an argument is out of its range or does not fit another.
@@ -224,7 +224,10 @@ class InTraModel(nn.Module):
         self.head = nn.Linear(embed_dim, patch_dim)
         self.output = nn.Sigmoid() if sigmoid else nn.Identity()
 
-        tokens, covered = self._centred_windows(math.isqrt(covered_per_window))
+        # the covered patches of a window: so many in a row, and so many patches from each to the next
+        self.covered_side = math.isqrt(covered_per_window)
+        self.spacing = window_size // self.covered_side
+        tokens, covered = self._centred_windows()
         painted = tokens.gather(1, covered).flatten()
         # where each patch of the grid is among the painted ones
         order = torch.empty(self.grid_size[0] * self.grid_size[1], dtype=torch.long)
@@ -287,23 +290,23 @@ class InTraModel(nn.Module):
         return self.unpatchify(torch.cat(patches, dim=1)[:, self.order])
 
     def inpaint(self, patches: Tensor, image_index: Tensor, tokens: Tensor, covered: Tensor) -> Tensor:
-        """Inpaint one patch in each of n windows, which may come from different images.
+        """Inpaint the covered patches of n windows, which may come from different images.
 
         Args:
             patches (Tensor): Patches of the images, shape ``(B, N * M, K * K * 3)``; see :meth:`patchify`.
             image_index (Tensor): The image of each window, shape ``(n,)``.
             tokens (Tensor): The patches of each window as row-major indices in the grid, shape ``(n, L * L)``.
-            covered (Tensor): The covered patch of each window as an index in the window, shape ``(n,)``.
+            covered (Tensor): The covered patches of each window as indices in the window, shape ``(n, c)``.
 
         Returns:
-            Tensor: Inpainted patches of shape ``(n, K * K * 3)``.
+            Tensor: Inpainted patches of shape ``(n * c, K * K * 3)``.
         """
         embedded = self.patch_embedding(patches[image_index[:, None], tokens])
-        covered = covered[:, None]
+        mask = self._mask(covered, num_images=1)
         sequence = torch.where(self._is_covered(covered)[:, :, None], self.inpaint_token, embedded)
         # an embedding look-up, unlike indexing, has a deterministic gradient on every device
         places = functional.embedding(tokens, self.position_embedding) if self.is_global else self.position_embedding
-        return self._paint(self.blocks[0].attend(sequence + places)[None], covered)[0]
+        return self._paint(self.blocks[0].attend(sequence + places, mask)[None], covered, mask)[0]
 
     def _embed(self, patches: Tensor) -> Tensor:
         """Embed patches, and put the tokens that may stand for a covered patch behind them (eqs. 3-4).
@@ -329,8 +332,8 @@ class InTraModel(nn.Module):
     def _mask(self, covered: Tensor, num_images: int) -> Tensor | None:
         """Which tokens attend to which, ``(n, c) -> (B * n, 1, T, T)``.
 
-        In training there is one covered token in a window. If there are several now, each is seen by itself alone, so
-        that a patch is painted as if the others were not in the window.
+        If there are several covered tokens in a window, each is seen by itself alone, so that a patch is painted as if
+        the others were not there.
         """
         if covered.shape[1] == 1:
             return None
@@ -389,34 +392,40 @@ class InTraModel(nn.Module):
     def draw_windows(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw windows anywhere in the grid, each with a random patch covered (section 3.4).
 
+        With ``covered_per_window`` = c > 1, the c patches of a window are as far apart as in :meth:`reconstruct`.
+
         Args:
             count (int): Number of windows n.
             generator (torch.Generator): Source of randomness, on the device of the model.
 
         Returns:
-            tuple[Tensor, Tensor]: ``tokens`` of shape ``(n, L * L)`` and ``covered`` of shape ``(n,)``; see
+            tuple[Tensor, Tensor]: ``tokens`` of shape ``(n, L * L)`` and ``covered`` of shape ``(n, c)``; see
                 :meth:`inpaint`.
         """
-        rows, cols, covered = (
+        # where the first covered patch of a window may be, for the last one to be in the window, too
+        choices = self.window_size - (self.covered_side - 1) * self.spacing
+        rows, cols, first = (
             torch.randint(high, (count,), generator=generator, device=generator.device)
             for high in (
                 self.grid_size[0] - self.window_size + 1,
                 self.grid_size[1] - self.window_size + 1,
-                self.window_size**2,
+                choices**2,
             )
         )
+        steps = self.spacing * torch.arange(self.covered_side, device=generator.device)
+        covered = self._window_indices((first // choices)[:, None] + steps, (first % choices)[:, None] + steps)
         return self._window_tokens(rows, cols), covered
 
-    def _centred_windows(self, side: int) -> tuple[Tensor, Tensor]:
-        """Windows that cover each patch of the grid once, ``side`` x ``side`` = c at a time.
+    def _centred_windows(self) -> tuple[Tensor, Tensor]:
+        """Windows that cover each patch of the grid once, c at a time.
 
-        The covered patches of a window are ``window_size // side`` patches apart, and as central as the border allows:
+        The covered patches of a window are ``spacing`` patches apart, and as central as the border allows:
         for c = 1 these are the windows of eqs. 13-15. Where the grid ends, a window covers its first patch again.
 
         Returns:
             tuple[Tensor, Tensor]: ``tokens`` of shape ``(n, L * L)`` and ``covered`` of shape ``(n, c)``.
         """
-        spacing = self.window_size // side
+        side, spacing = self.covered_side, self.spacing
         margin = (self.window_size - (side - 1) * spacing) // 2
 
         def place(length: int) -> tuple[Tensor, Tensor]:
@@ -428,8 +437,11 @@ class InTraModel(nn.Module):
 
         (top, rows), (left, cols) = map(place, self.grid_size)
         tokens = self._window_tokens(top.repeat_interleave(len(left)), left.repeat(len(top)))
-        covered = rows[:, None, :, None] * self.window_size + cols[:, None, :]
-        return tokens, covered.reshape(-1, side**2)
+        return tokens, self._window_indices(rows.repeat_interleave(len(left), 0), cols.repeat(len(top), 1))
+
+    def _window_indices(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """Indices in a window of the places in some rows and columns of it: two of ``(n, s)`` to ``(n, s * s)``."""
+        return (rows[:, :, None] * self.window_size + cols[:, None, :]).flatten(1)
 
     def _window_tokens(self, rows: Tensor, cols: Tensor) -> Tensor:
         """Grid indices of the windows whose upper left patches are at ``rows``, ``cols``: ``(n,) -> (n, L * L)``."""

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import numpy as np
+import openvino
 import pytest
 from anomalib.data import MVTecAD
-from anomalib.deploy import ExportType, OpenVINOInferencer
+from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer
 from anomalib.engine import Engine
 from lightning import seed_everything
 from PIL import Image
@@ -93,3 +94,18 @@ def test_engine_scores_are_those_of_the_exported_model(
     expected = [float(scores[str(path)]) for path in sorted((stripes / "stripes" / "test").rglob("*.png"))]
     result = run(exported, images_of(stripes, (64, 64)), 4)["pred_score"].ravel()
     np.testing.assert_allclose(result, expected, atol=1e-3)
+
+
+def test_depthwise_convolutions_are_not_quantised(stripes: Path, tmp_path: Path) -> None:
+    seed_everything(0)
+    arguments = {"backbone": "lcnet_035", "pre_trained": False, "image_size": 64, "embed_dim": 16, "mlp_dim": 16}
+    model = ADTR(**arguments, depth=1, num_heads=1, visualizer=False)
+    images = MVTecAD(root=stripes, category="stripes", eval_batch_size=1, num_workers=0)
+    path = export(model, tmp_path, ExportType.OPENVINO, compression_type=CompressionType.INT8_PTQ, datamodule=images)
+    inputs: dict[str, list[str]] = {"Convolution": [], "GroupConvolution": []}
+    for node in openvino.Core().read_model(path).get_ordered_ops():
+        if node.get_type_name() in inputs:
+            inputs[node.get_type_name()].append(node.input_value(0).get_node().get_type_name())
+    assert "FakeQuantize" in inputs["Convolution"]
+    assert inputs["GroupConvolution"]
+    assert "FakeQuantize" not in inputs["GroupConvolution"]

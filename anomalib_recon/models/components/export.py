@@ -22,7 +22,8 @@ class CurrentOpsetExport:
 
     Quantisation after training (``int8_ptq``) leaves the comparison of an image with its reconstruction, or with normal
     features, in floating point. anomalib would quantise it, too, to the range that it has for the images it calibrates
-    with: with good images alone, it cuts off what is anomalous.
+    with: with good images alone, it cuts off what is anomalous. Depthwise convolutions stay in floating point, too:
+    their channels differ in range, and would share one.
     """
 
     # layers with weights that are part of the comparison
@@ -52,7 +53,7 @@ class CurrentOpsetExport:
     def _post_training_quantization_ov(
         self, model: "openvino.Model", datamodule: AnomalibDataModule | None = None
     ) -> "openvino.Model":
-        """Quantise all but the comparison, where anomalib's method of this name quantises all."""
+        """Quantise all but comparison and depthwise layers, where anomalib's method of this name quantises all."""
         import nncf  # noqa: PLC0415  # slow, and only needed here
 
         if datamodule is None:
@@ -60,8 +61,8 @@ class CurrentOpsetExport:
             raise ValueError(msg)
         datamodule.setup("fit")
         images = nncf.Dataset(datamodule.val_dataloader(), lambda batch: batch.image)
-        comparison = nncf.IgnoredScope(names=comparison_operations(model, self.comparison_layers))
-        return nncf.quantize(model, images, ignored_scope=comparison)
+        floating = {*comparison_operations(model, self.comparison_layers), *depthwise_convolutions(model)}
+        return nncf.quantize(model, images, ignored_scope=nncf.IgnoredScope(names=sorted(floating)))
 
 
 def comparison_operations(model: "openvino.Model", num_layers: int) -> list[str]:
@@ -85,6 +86,11 @@ def comparison_operations(model: "openvino.Model", num_layers: int) -> list[str]
         found[name] = left
         waiting += [(value.get_node(), left) for value in node.input_values()]
     return sorted(found)
+
+
+def depthwise_convolutions(model: "openvino.Model") -> list[str]:
+    """Name the convolutions of an OpenVINO model that map each channel, or group of channels, on its own."""
+    return [node.get_friendly_name() for node in model.get_ops() if node.get_type_name() == "GroupConvolution"]
 
 
 def _has_weights(node: "openvino.Node") -> bool:

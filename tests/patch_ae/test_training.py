@@ -19,7 +19,7 @@ from anomalib_recon.post_processing import FalsePositiveRatePostProcessor
 from tests.conftest import images_in
 
 SMALL = {
-    "backbone": "resnet18", "pre_trained": False, "image_size": 64, "embed_dim": 16, "learning_rate": 1e-3,
+    "backbone": "resnet18", "pre_trained": False, "image_size": 64, "embed_dim": 16, "learning_rate": 1e-2,
     "coreset_ratio": 0.25, "sigma": 2.0,
 }  # fmt: skip
 
@@ -75,6 +75,19 @@ def test_training_lowers_the_loss_and_validates_once(trained: tuple[PatchAE, Eng
     assert probe.validations == 1
     assert bool(model.post_processor.image_threshold.isfinite())
     assert bool(model.post_processor.pixel_threshold.isfinite())
+
+
+def test_a_step_moves_the_outputs_of_each_new_layer_as_far(stripes: Path, tmp_path: Path) -> None:
+    model = PatchAE(**SMALL)
+    layers = [layer for layer in (*model.model.project, *model.model.decoder) if isinstance(layer, nn.Conv2d)]
+    before = [layer.weight.clone() for layer in layers]
+    train(stripes, tmp_path, model=model, max_steps=1)
+    moved = [float((layer.weight - old).abs().max()) for layer, old in zip(layers, before, strict=True)]
+    # the first step of Adam moves a weight by the learning rate
+    reach = [step * layer.in_channels for step, layer in zip(moved, layers, strict=True)]
+    assert len(reach) == 4
+    assert layers[0].in_channels > 2 * layers[1].in_channels
+    assert reach == pytest.approx([SMALL["learning_rate"] * SMALL["embed_dim"]] * 4, rel=0.01)
 
 
 def test_bank_holds_features_of_the_normal_training_images(

@@ -106,7 +106,7 @@ class PatchAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type
         defect_position_range (tuple[float, float]): Least and greatest place of the centre, as fractions of height and
             width.
             Defaults to ``(0.0, 1.0)``.
-        learning_rate (float): Learning rate of Adam.
+        learning_rate (float): Learning rate of Adam for the new layers; see :meth:`configure_optimizers`.
             Defaults to ``1e-3``.
         backbone_learning_rate (float): The same for the weights of the backbone.
             Defaults to ``2e-5``.
@@ -221,11 +221,23 @@ class PatchAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type
         self.coreset_ratio = coreset_ratio
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam, with smaller steps for the weights that come from ImageNet."""
+        """Adam, with smaller steps for the weights that come from ImageNet, and for the layer with the most inputs.
+
+        The first convolution sums over the channels of all stages, often thousands. Adam moves each weight by about the
+        learning rate, and so an output by the more, the more inputs it has: the rate of this layer is lowered until its
+        outputs move no farther than those of a layer with ``embed_dim`` inputs.
+        """
         model = self.model
-        new = [*model.project.parameters(), *model.decoder.parameters()]
-        trained = [weight for weight in model.backbone.parameters() if weight.requires_grad]
-        groups: list[dict[str, Any]] = [{"params": new}, {"params": trained, "lr": self.backbone_learning_rate}]
+        first, *others = (*model.project, *model.decoder)
+        embed_dim, num_channels = cast("Tensor", first.weight).shape[:2]
+        groups: list[dict[str, Any]] = [
+            {"params": [weight for layer in others for weight in layer.parameters()]},
+            {"params": list(first.parameters()), "lr": self.learning_rate * min(1, embed_dim / num_channels)},
+            {
+                "params": [weight for weight in model.backbone.parameters() if weight.requires_grad],
+                "lr": self.backbone_learning_rate,
+            },
+        ]
         return torch.optim.Adam(groups, lr=self.learning_rate)
 
     def configure_callbacks(self) -> Sequence[Callback]:

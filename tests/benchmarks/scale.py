@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--backbone", default="resnet18", help="CNN of timm for ADTR, SAAE and PatchAE")
     parser.add_argument("--image_sizes", type=int, nargs="+", default=[128, 256, 384, 512])
-    parser.add_argument("--num_images", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--num_images", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--train_size", type=int, default=128, help="side of the training images, in pixels")
     parser.add_argument("--bank_sizes", type=int, nargs="+", default=[1000, 3000, 10_000, 30_000, 100_000])
     parser.add_argument("--turns", type=int, default=3)

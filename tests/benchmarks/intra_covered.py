@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Accuracy of InTra when it paints several patches of a window at a time.
+"""Accuracy of an InTra that has learnt one patch of a window at a time, when it paints several.
 
 ``python -m tests.benchmarks.intra_covered --checkpoint CKPT --root datasets/MVTecAD --category screw --output FILE``
 
 Tests a checkpoint of a network with ``readout="token"`` once with each ``covered_per_window`` and prints AUROC and
 AUPRO on raw scores. "own" means that the mean difference map of the normal training images (eq. 17) has been taken
-anew by the same inference, as in a model that is trained so; otherwise it is that of the checkpoint. Writes the figures
-as JSON and prints them.
+anew by the same inference; otherwise it is that of the checkpoint. Writes the figures as JSON and prints them.
 """
 
 import argparse

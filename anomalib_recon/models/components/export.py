@@ -89,8 +89,10 @@ def comparison_operations(model: "openvino.Model", num_layers: int) -> list[str]
 
 
 def depthwise_convolutions(model: "openvino.Model") -> list[str]:
-    """Name the convolutions of an OpenVINO model that map each channel, or group of channels, on its own."""
-    return [node.get_friendly_name() for node in model.get_ops() if node.get_type_name() == "GroupConvolution"]
+    """Name the convolutions of an OpenVINO model that map each channel on its own."""
+    groups = (node for node in model.get_ops() if node.get_type_name() == "GroupConvolution")
+    # weights have the shape (groups, outputs of a group, inputs of a group, height, width)
+    return [node.get_friendly_name() for node in groups if node.input_value(1).get_shape()[2] == 1]
 
 
 def _has_weights(node: "openvino.Node") -> bool:

@@ -72,6 +72,7 @@ class NormalBank(DynamicBufferMixin):
                 "load the checkpoint of a finished training."
             )
             raise RuntimeError(msg)
+        # in one piece, as strided ones take longer than PatchCore's to compare with a small bank
         queries = features.detach().float().flatten(2).transpose(1, 2).contiguous()  # (B, hw, D)
         if torch.compiler.is_exporting():  # the number of images is symbolic
             distances = self._search_in_graph(queries.flatten(0, 1)).unflatten(0, (-1, queries.shape[1]))

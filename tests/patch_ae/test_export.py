@@ -6,7 +6,7 @@ import numpy as np
 import openvino
 import pytest
 from anomalib.data import MVTecAD
-from anomalib.deploy import ExportType, OpenVINOInferencer
+from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer
 from anomalib.engine import Engine
 from anomalib.post_processing import PostProcessor
 from lightning import seed_everything
@@ -78,6 +78,21 @@ def test_export_of_a_fixed_input_size(model: PatchAE, stripes: Path, tmp_path: P
     path = export(model, tmp_path, ExportType.OPENVINO, input_size=OWN_SIZE)
     images = images_of(stripes, OWN_SIZE)
     assert largest_difference(run(path, images, 4), expected_from(model, images)) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("compression", "bound"),
+    [(CompressionType.FP16, 0.01), (CompressionType.INT8, 0.05), (CompressionType.INT8_PTQ, 0.2)],
+)
+def test_compressed_models_score_nearly_as_the_checkpoint(
+    model: PatchAE, datamodule: MVTecAD, exported: Path, stripes: Path, tmp_path: Path, compression: CompressionType,
+    bound: float,
+) -> None:  # fmt: skip
+    path = export(model, tmp_path, ExportType.OPENVINO, compression_type=compression, datamodule=datamodule)
+    assert path.with_suffix(".bin").stat().st_size < 0.6 * exported.with_suffix(".bin").stat().st_size
+    images = images_of(stripes, OWN_SIZE)
+    difference = largest_difference(run(path, images, 4), expected_from(model, images))
+    assert 0 < difference < bound
 
 
 def test_the_search_is_a_loop_over_one_copy_of_the_bank(model: PatchAE, exported: Path) -> None:

@@ -50,6 +50,10 @@ class CurrentOpsetExport:
         arguments = {"opset_version": OPSET_VERSION, **kwargs}
         return super().to_onnx(export_root, model_file_name, input_size, **arguments)  # type: ignore[misc]
 
+    def _compress_ov_model(self, model: "openvino.Model", *args: Any, **kwargs: Any) -> "openvino.Model":
+        """Compress a copy, in which the graph and the bodies of its loops share no constants: nncf would stumble."""
+        return super()._compress_ov_model(model.clone(), *args, **kwargs)  # type: ignore[misc]
+
     def _post_training_quantization_ov(
         self, model: "openvino.Model", datamodule: AnomalibDataModule | None = None
     ) -> "openvino.Model":

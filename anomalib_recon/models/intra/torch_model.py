@@ -413,7 +413,8 @@ class InTraModel(nn.Module):
             )
         )
         steps = self.spacing * torch.arange(self.covered_side, device=generator.device)
-        covered = self._window_indices((first // choices)[:, None] + steps, (first % choices)[:, None] + steps)
+        top, left = (first // choices)[:, None], (first % choices)[:, None]
+        covered = _row_major(top + steps, left + steps, self.window_size)
         return self._window_tokens(rows, cols), covered
 
     def _centred_windows(self) -> tuple[Tensor, Tensor]:
@@ -437,18 +438,12 @@ class InTraModel(nn.Module):
 
         (top, rows), (left, cols) = map(place, self.grid_size)
         tokens = self._window_tokens(top.repeat_interleave(len(left)), left.repeat(len(top)))
-        return tokens, self._window_indices(rows.repeat_interleave(len(left), 0), cols.repeat(len(top), 1))
-
-    def _window_indices(self, rows: Tensor, cols: Tensor) -> Tensor:
-        """Indices in a window of the places in some rows and columns of it: two of ``(n, s)`` to ``(n, s * s)``."""
-        return (rows[:, :, None] * self.window_size + cols[:, None, :]).flatten(1)
+        return tokens, _row_major(rows.repeat_interleave(len(left), 0), cols.repeat(len(top), 1), self.window_size)
 
     def _window_tokens(self, rows: Tensor, cols: Tensor) -> Tensor:
         """Grid indices of the windows whose upper left patches are at ``rows``, ``cols``: ``(n,) -> (n, L * L)``."""
         side = torch.arange(self.window_size, device=rows.device)
-        grid_rows = rows[:, None, None] + side[:, None]
-        grid_cols = cols[:, None, None] + side
-        return (grid_rows * self.grid_size[1] + grid_cols).flatten(1)
+        return _row_major(rows[:, None] + side, cols[:, None] + side, self.grid_size[1])
 
     def patchify(self, images: Tensor) -> Tensor:
         """Cut images into patches.
@@ -481,6 +476,11 @@ class InTraModel(nn.Module):
         rows, cols = self.grid_size
         images = patches.reshape(-1, rows, cols, self.patch_size, self.patch_size, NUM_CHANNELS)
         return images.permute(0, 5, 1, 3, 2, 4).reshape(-1, NUM_CHANNELS, *self.image_size)
+
+
+def _row_major(rows: Tensor, cols: Tensor, width: int) -> Tensor:
+    """Indices of the places in some rows and columns of grids so wide: two of ``(n, s)`` to ``(n, s * s)``."""
+    return (rows[:, :, None] * width + cols[:, None, :]).flatten(1)
 
 
 def check_sizes(image_size: tuple[int, int], patch_size: int, window_size: int) -> None:

@@ -82,6 +82,12 @@ def test_the_export_quantises_by_a_method_of_this_name() -> None:
     assert method.__name__ in inspect.getsource(AnomalibModule._compress_ov_model)
 
 
+def test_the_export_compresses_by_a_method_of_this_name() -> None:
+    method = AnomalibModule._compress_ov_model
+    assert list(inspect.signature(method).parameters)[:2] == ["self", "model"]
+    assert f"{method.__name__}(model, " in inspect.getsource(AnomalibModule.to_openvino)
+
+
 def test_the_evaluator_knows_what_a_metric_compares() -> None:
     metrics = Padim.configure_evaluator().test_metrics
     assert {field for metric in metrics for field in metric.fields} >= {"pred_score", "gt_label", "pred_label"}

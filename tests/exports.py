@@ -14,6 +14,7 @@ from PIL import Image
 
 # a CPU with bfloat16 arithmetic would otherwise use it
 FP32 = {"INFERENCE_PRECISION_HINT": "f32"}
+BF16 = {"INFERENCE_PRECISION_HINT": "bf16"}
 
 
 def export(model: AnomalibModule, folder: Path, export_type: ExportType, **kwargs) -> Path:
@@ -36,9 +37,19 @@ def expected_from(model: AnomalibModule, images: np.ndarray) -> dict[str, np.nda
         return {name: value.numpy() for name, value in model(torch.from_numpy(images))._asdict().items()}
 
 
-def run(path: Path, images: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
-    compiled = openvino.Core().compile_model(path, "CPU", FP32)
+def run(path: Path, images: np.ndarray, batch_size: int, config: dict[str, str] = FP32) -> dict[str, np.ndarray]:
+    compiled = openvino.Core().compile_model(path, "CPU", config)
     batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
     outputs = [compiled(batch) for batch in batches]
     names = [output.any_name for output in compiled.outputs]
     return {name: np.concatenate([output[name] for output in outputs]) for name in names}
+
+
+def quantised_convolutions(path: Path) -> list[bool]:
+    """Whether each convolution of an exported model takes an input in 8 bits, in the order of the graph."""
+    convolutions = [
+        node
+        for node in openvino.Core().read_model(path).get_ordered_ops()
+        if node.get_type_name() in {"Convolution", "GroupConvolution"}
+    ]
+    return [node.input_value(0).get_node().get_type_name() == "FakeQuantize" for node in convolutions]

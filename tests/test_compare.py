@@ -77,12 +77,13 @@ def test_results_are_those_of_scikit_learn_on_the_saved_scores(output: Path, fol
 
 def test_every_format_is_measured_on_raw_scores(output: Path, folder: Path) -> None:
     rows = json.loads((folder / "formats.json").read_text())
-    assert list(rows) == ["torch", "fp32", "bf16", "fp16", "int8 weights", "int8 PTQ"]
+    int8 = ["int8 weights", "int8 weights, bf16", "int8 PTQ", "int8 PTQ, bf16"]
+    assert list(rows) == ["torch", "fp32", "bf16", "fp16", *int8]
     [result] = pd.read_csv(output / "results.csv").to_dict("records")
     for name in ("torch", "fp32"):
         assert rows[name]["image_AUROC"] == pytest.approx(result["image_AUROC"], abs=1e-6)
         assert rows[name]["pixel_AUROC"] == pytest.approx(result["pixel_AUROC"], abs=1e-4)
-    for name in ("bf16", "fp16", "int8 weights", "int8 PTQ"):
+    for name in ("bf16", "fp16", *int8):
         assert rows[name]["image_AUROC"] == pytest.approx(result["image_AUROC"], abs=0.01)
         assert rows[name]["pixel_AUROC"] == pytest.approx(result["pixel_AUROC"], abs=0.01)
     assert rows["fp32"]["mb"] == rows["bf16"]["mb"] == result["openvino_mb"]

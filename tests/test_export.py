@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from anomalib_recon.models.components.export import comparison_operations
+from anomalib_recon.models.components.export import comparison_operations, operations_before
 
 
 class Reconstruction(nn.Module):
@@ -34,3 +34,18 @@ def test_the_comparison_ends_at_the_layers_with_weights(num_layers: int, convolu
     assert {"Subtract", "Interpolate"} <= kinds.keys()
     assert kinds["Convolution"] == convolutions
     assert kinds["MatMul"] == products
+
+
+def test_what_a_layer_depends_on_ends_before_it() -> None:
+    model = openvino.convert_model(Reconstruction().eval(), example_input=torch.rand(1, 3, 32, 32))
+    names = set(operations_before(model, "self.rebuild.weight"))
+    kinds = [node.get_type_name() for node in model.get_ordered_ops() if node.get_friendly_name() in names]
+    assert kinds.count("Convolution") == 1
+    assert "Relu" in kinds
+    assert not {"MatMul", "Subtract"} & set(kinds)
+
+
+def test_a_graph_without_the_layer_is_refused() -> None:
+    model = openvino.convert_model(Reconstruction().eval(), example_input=torch.rand(1, 3, 32, 32))
+    with pytest.raises(ValueError, match=r"nothing to quantise behind the backbone, no project\.weight; choose int8\."):
+        operations_before(model, "project.weight")

@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 FORMATS: dict[CompressionType | None, dict[str, str]] = {
     None: {"fp32": "f32", "bf16": "bf16"},
     CompressionType.FP16: {"fp16": "f32"},
-    CompressionType.INT8: {"int8 weights": "f32"},
-    CompressionType.INT8_PTQ: {"int8 PTQ": "f32"},
+    CompressionType.INT8: {"int8 weights": "f32", "int8 weights, bf16": "bf16"},
+    CompressionType.INT8_PTQ: {"int8 PTQ": "f32", "int8 PTQ, bf16": "bf16"},
 }
 # even, because an exported PatchCore takes two images at a time
 CALIBRATION_IMAGES = 64

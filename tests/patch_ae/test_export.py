@@ -81,15 +81,15 @@ def test_export_of_a_fixed_input_size(model: PatchAE, stripes: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("compression", "bound"),
-    [(CompressionType.FP16, 0.01), (CompressionType.INT8, 0.05), (CompressionType.INT8_PTQ, 0.2)],
+    ("compression", "bound", "size"),  # int8_ptq leaves the backbone in fp32
+    [(CompressionType.FP16, 0.01, 0.6), (CompressionType.INT8, 0.05, 0.6), (CompressionType.INT8_PTQ, 0.05, 1)],
 )
 def test_compressed_models_score_nearly_as_the_checkpoint(
     model: PatchAE, datamodule: MVTecAD, exported: Path, stripes: Path, tmp_path: Path, compression: CompressionType,
-    bound: float,
+    bound: float, size: float,
 ) -> None:  # fmt: skip
     path = export(model, tmp_path, ExportType.OPENVINO, compression_type=compression, datamodule=datamodule)
-    assert path.with_suffix(".bin").stat().st_size < 0.6 * exported.with_suffix(".bin").stat().st_size
+    assert path.with_suffix(".bin").stat().st_size < size * exported.with_suffix(".bin").stat().st_size
     images = images_of(stripes, OWN_SIZE)
     difference = largest_difference(run(path, images, 4), expected_from(model, images))
     assert 0 < difference < bound

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from anomalib.data import MVTecAD
-from anomalib.deploy import ExportType
+from anomalib.deploy import CompressionType, ExportType
 from anomalib.engine import Engine
 from anomalib.post_processing import PostProcessor
 from lightning import seed_everything
 
 from anomalib_recon.models import SAAE
-from tests.exports import expected_from, export, images_of, run
+from tests.exports import BF16, expected_from, export, images_of, quantised_convolutions, run
 
 MODELS = {
     "vit": {"backbone": "vit_tiny_patch16_224"},
@@ -69,3 +69,17 @@ def test_a_pickled_model_scores_as_the_checkpoint(model: SAAE, stripes: Path, tm
     images = torch.from_numpy(images_of(stripes, (64, 80)))
     with torch.no_grad():
         torch.testing.assert_close(loaded(images).anomaly_map, model(images).anomaly_map)
+
+
+def test_the_backbone_is_not_quantised(model: SAAE, stripes: Path, tmp_path: Path) -> None:
+    datamodule = MVTecAD(root=stripes, category="stripes", eval_batch_size=1, num_workers=0)
+    path = export(
+        model, tmp_path, ExportType.OPENVINO, compression_type=CompressionType.INT8_PTQ, datamodule=datamodule
+    )
+    quantised = quantised_convolutions(path)
+    # three convolutions on each side of the transformer, and the one that embeds its patches
+    assert sum(quantised) == 7
+    assert not any(quantised[:-7])
+    images = images_of(stripes, (64, 80))
+    expected = expected_from(model, images)["pred_score"].ravel()
+    np.testing.assert_allclose(run(path, images, 4, BF16)["pred_score"].ravel(), expected, rtol=0.02)

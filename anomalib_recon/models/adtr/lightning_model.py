@@ -153,6 +153,8 @@ class ADTR(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         ConnectionError: If the backbone's weights can be had neither from the local cache nor from the network.
     """
 
+    first_own_weight = "model.reduce.weight"
+
     def __init__(
         self,
         backbone: str = "tf_efficientnet_b4.aa_in1k",

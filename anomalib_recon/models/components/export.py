@@ -22,12 +22,14 @@ class CurrentOpsetExport:
 
     Quantisation after training (``int8_ptq``) leaves the comparison of an image with its reconstruction, or with normal
     features, in floating point. anomalib would quantise it, too, to the range that it has for the images it calibrates
-    with: with good images alone, it cuts off what is anomalous. Depthwise convolutions stay in floating point, too:
-    their channels differ in range, and would share one.
+    with: with good images alone, it cuts off what is anomalous. A backbone stays in floating point, too: its channels
+    differ in range, and would share one.
     """
 
     # layers with weights that are part of the comparison
     comparison_layers = 0
+    # what the layer with this parameter depends on is the backbone
+    first_own_weight: str | None = None
 
     def to_onnx(
         self,
@@ -57,7 +59,7 @@ class CurrentOpsetExport:
     def _post_training_quantization_ov(
         self, model: "openvino.Model", datamodule: AnomalibDataModule | None = None
     ) -> "openvino.Model":
-        """Quantise all but comparison and depthwise layers, where anomalib's method of this name quantises all."""
+        """Quantise all but backbone and comparison, where anomalib's method of this name quantises all."""
         import nncf  # noqa: PLC0415  # slow, and only needed here
 
         if datamodule is None:
@@ -65,7 +67,9 @@ class CurrentOpsetExport:
             raise ValueError(msg)
         datamodule.setup("fit")
         images = nncf.Dataset(datamodule.val_dataloader(), lambda batch: batch.image)
-        floating = {*comparison_operations(model, self.comparison_layers), *depthwise_convolutions(model)}
+        floating = set(comparison_operations(model, self.comparison_layers))
+        if self.first_own_weight:
+            floating |= set(operations_before(model, self.first_own_weight))
         return nncf.quantize(model, images, ignored_scope=nncf.IgnoredScope(names=sorted(floating)))
 
 
@@ -92,11 +96,33 @@ def comparison_operations(model: "openvino.Model", num_layers: int) -> list[str]
     return sorted(found)
 
 
-def depthwise_convolutions(model: "openvino.Model") -> list[str]:
-    """Name the convolutions of an OpenVINO model that map each channel on its own."""
-    groups = (node for node in model.get_ops() if node.get_type_name() == "GroupConvolution")
-    # weights have the shape (groups, outputs of a group, inputs of a group, height, width)
-    return [node.get_friendly_name() for node in groups if node.input_value(1).get_shape()[2] == 1]
+def operations_before(model: "openvino.Model", weight: str) -> list[str]:
+    """Name the operations of an OpenVINO model that the layer with a certain weight depends on.
+
+    Args:
+        model (openvino.Model): The model, exported from ONNX.
+        weight (str): Parameter of the layer, as the state dict names it.
+
+    Returns:
+        list[str]: Names of the operations.
+
+    Raises:
+        ValueError: If no layer has it.
+    """
+    parameters = (node for node in model.get_ops() if node.get_friendly_name() == weight)
+    layers = [value.get_node() for parameter in parameters for value in parameter.output(0).get_target_inputs()]
+    if not layers:
+        msg = f"compression_type=int8_ptq finds nothing to quantise behind the backbone, no {weight}; choose int8."
+        raise ValueError(msg)
+    found: set[str] = set()
+    waiting = [layer.input_value(0).get_node() for layer in layers]
+    while waiting:
+        node = waiting.pop()
+        if node.get_friendly_name() in found or node.get_type_name() in NOT_COMPUTED:
+            continue
+        found.add(node.get_friendly_name())
+        waiting += [value.get_node() for value in node.input_values()]
+    return sorted(found)
 
 
 def _has_weights(node: "openvino.Node") -> bool:

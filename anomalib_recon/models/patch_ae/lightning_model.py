@@ -136,6 +136,7 @@ class PatchAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type
     """
 
     comparison_layers = 1  # the whitening
+    first_own_weight = "model.project.0.weight"
 
     def __init__(
         self,

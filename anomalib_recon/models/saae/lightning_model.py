@@ -143,6 +143,8 @@ class SAAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         ConnectionError: If the backbone's weights can be had neither from the local cache nor from the network.
     """
 
+    first_own_weight = "model.autoencoder.conv_encoder.0.0.weight"
+
     def __init__(
         self,
         backbone: str = DEFAULT_BACKBONE,

@@ -23,7 +23,7 @@ def feature_distance(features: Tensor, reconstruction: Tensor, distance: Distanc
         Tensor: Distances A of shape ``(B, 1, H_0, W_0)``, not negative, in fp32.
     """
     with torch.autocast(features.device.type, enabled=False):
-        difference = features.float() - reconstruction.float()
+        difference = reconstruction.float() - features.float()
         if distance == "mse":
             return difference.square().mean(dim=1, keepdim=True)
         # its gradient is 0, not infinite, where the difference is 0

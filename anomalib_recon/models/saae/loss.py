@@ -2,9 +2,13 @@
 
 """Loss of SAAE: the distance between features and their reconstruction (eq. 2)."""
 
+import torch
 from torch import Tensor, nn
 
 from .anomaly_map import Distance, feature_distance
+
+# images compared at a time: on a CPU, memory for the differences of a whole batch takes longer to fetch than to fill
+IMAGES_PER_PART = 4
 
 
 class SAAELoss(nn.Module):
@@ -20,5 +24,6 @@ class SAAELoss(nn.Module):
 
     def forward(self, features: Tensor, reconstruction: Tensor) -> Tensor:
         """Compare features of shape ``(B, U, H_0, W_0)`` with their reconstruction; the result is a scalar."""
-        distances = feature_distance(features, reconstruction, self.distance).flatten(1)
+        parts = zip(features.split(IMAGES_PER_PART), reconstruction.split(IMAGES_PER_PART), strict=True)
+        distances = torch.cat([feature_distance(*part, self.distance) for part in parts]).flatten(1)
         return (distances.mean(dim=1) if self.distance == "mse" else distances.sum(dim=1)).mean()

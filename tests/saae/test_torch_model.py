@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn import functional
 
 from anomalib_recon.models.saae import SAAEModel
-from anomalib_recon.models.saae.anomaly_map import feature_distance
+from anomalib_recon.models.saae.anomaly_map import Distance, feature_distance
 from anomalib_recon.models.saae.autoencoder import LatentTransformer, SelfAttentionAutoencoder
-from anomalib_recon.models.saae.loss import SAAELoss
+from anomalib_recon.models.saae.loss import IMAGES_PER_PART, SAAELoss
 
 SMALL = {"backbone": "resnet18", "layers": ["layer1", "layer2"], "pre_trained": False, "image_size": (64, 64)}
 
@@ -108,6 +108,19 @@ def test_loss_is_the_sum_of_the_norms() -> None:
     assert float(SAAELoss("norm")(features, reconstruction)) == pytest.approx(sum(norms) / 3, rel=1e-5)
     expected = float(functional.mse_loss(features, reconstruction))
     assert float(SAAELoss("mse")(features, reconstruction)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("distance", ["norm", "mse"])
+def test_loss_in_parts_has_the_gradient_of_the_whole_batch(distance: Distance) -> None:
+    features, reconstruction = torch.randn(2, 2 * IMAGES_PER_PART + 1, 5, 4, 6)
+    in_parts, at_once = (reconstruction.clone().requires_grad_() for _ in range(2))
+    loss = SAAELoss(distance)(features, in_parts)
+    difference = at_once - features
+    expected = difference.square().mean() if distance == "mse" else difference.norm(dim=1).sum() / len(features)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(in_parts.grad, at_once.grad)
 
 
 def test_loss_of_a_perfect_reconstruction_has_a_finite_gradient() -> None:

@@ -276,7 +276,7 @@ def test_two_processes_train_from_the_command_line(uneven: Path, tmp_path: Path)
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=300,
     ).stdout
     assert output.count("pixel_AUPRO") == 1

@@ -195,7 +195,7 @@ def test_two_processes_find_one_latent_width_and_train_one_model(
 def test_an_untrained_backbone_finds_the_defects_of_the_demo_data(tmp_path: Path) -> None:
     seed_everything(0)
     # the features of random weights have most of their variance in a few components, so more of it is kept
-    model = SAAE("vit_tiny_patch16_224", pre_trained=False, image_size=128, explained_variance=0.99, learning_rate=3e-3)
+    model = SAAE("vit_tiny_patch16_224", pre_trained=False, image_size=128, explained_variance=0.99, learning_rate=1e-3)
     engine = Engine(default_root_dir=tmp_path, max_epochs=8, accelerator="cpu", enable_progress_bar=False)
     datamodule = DemoAD(root=tmp_path / "demo", category="grid")
     engine.fit(model, datamodule=datamodule)

@@ -2,6 +2,7 @@
 
 """Export to ONNX in the operator set in which the graph is made, and to int8 without losing the scores."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,17 +84,7 @@ def comparison_operations(model: "openvino.Model", num_layers: int) -> list[str]
     Returns:
         list[str]: Names of the operations.
     """
-    found: dict[str, int] = {}
-    waiting = [(value.get_node(), num_layers) for result in model.get_results() for value in result.input_values()]
-    while waiting:
-        node, left = waiting.pop()
-        left -= _has_weights(node)
-        name = node.get_friendly_name()
-        if left < 0 or left <= found.get(name, -1) or node.get_type_name() in NOT_COMPUTED:
-            continue
-        found[name] = left
-        waiting += [(value.get_node(), left) for value in node.input_values()]
-    return sorted(found)
+    return _upstream([value for result in model.get_results() for value in result.input_values()], num_layers)
 
 
 def operations_before(model: "openvino.Model", weight: str) -> list[str]:
@@ -114,14 +105,21 @@ def operations_before(model: "openvino.Model", weight: str) -> list[str]:
     if not layers:
         msg = f"compression_type=int8_ptq finds nothing to quantise behind the backbone, no {weight}; choose int8."
         raise ValueError(msg)
-    found: set[str] = set()
-    waiting = [layer.input_value(0).get_node() for layer in layers]
+    return _upstream([layer.input_value(0) for layer in layers], math.inf)
+
+
+def _upstream(values: list["openvino.Output"], num_layers: float) -> list[str]:
+    """Name the operations that values depend on, up to as many layers with weights."""
+    found: dict[str, float] = {}
+    waiting = [(value.get_node(), num_layers) for value in values]
     while waiting:
-        node = waiting.pop()
-        if node.get_friendly_name() in found or node.get_type_name() in NOT_COMPUTED:
+        node, left = waiting.pop()
+        left -= _has_weights(node)
+        name = node.get_friendly_name()
+        if left < 0 or left <= found.get(name, -1) or node.get_type_name() in NOT_COMPUTED:
             continue
-        found.add(node.get_friendly_name())
-        waiting += [value.get_node() for value in node.input_values()]
+        found[name] = left
+        waiting += [(value.get_node(), left) for value in node.input_values()]
     return sorted(found)
 
 

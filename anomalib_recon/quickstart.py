@@ -21,25 +21,12 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
+from anomalib_recon.config_files import config_path
 from anomalib_recon.data import DemoAD
 from anomalib_recon.visualization import ReconstructionVisualizer
 
 SEED = 0
 PICTURES_PER_TYPE = 2
-
-
-def config_path(name: str) -> Path:
-    """Find a config file of this package.
-
-    Args:
-        name (str): Path inside the folder ``configs``, such as ``"quickstart/intra.yaml"``.
-
-    Returns:
-        Path: The file, in the installed package or in the checkout.
-    """
-    package = Path(__file__).parent
-    installed = package / "configs" / name
-    return installed if installed.exists() else package.parent / "configs" / name
 
 
 def run(*args: str) -> AnomalibCLI:

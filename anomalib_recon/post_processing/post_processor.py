@@ -30,8 +30,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from anomalib_recon.training import normal_images, score_images
+
 from .highest_scores import HighestScores
-from .normal_images import normal_images, score_images
 
 
 class FalsePositiveRatePostProcessor(PostProcessor):

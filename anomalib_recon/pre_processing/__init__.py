@@ -2,7 +2,6 @@
 
 """A pre-processor whose exported resize is the one the model was trained with."""
 
-from .pre_processor import ExactResizePreProcessor
-from .resize import AntialiasResize
+from .pre_processor import ExactResizePreProcessor, flatten_transform
 
-__all__ = ["AntialiasResize", "ExactResizePreProcessor"]
+__all__ = ["ExactResizePreProcessor", "flatten_transform"]

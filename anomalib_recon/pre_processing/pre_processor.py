@@ -11,13 +11,15 @@ Example:
     >>> pre_processor = ExactResizePreProcessor(Resize((256, 256), antialias=True))
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from anomalib.pre_processing import PreProcessor
 from anomalib.pre_processing.utils.transform import get_exportable_transform
+from lightning.pytorch import LightningModule, Trainer
 from torchvision.transforms.v2 import Compose, InterpolationMode, Resize, Transform
 
-from .resize import AntialiasResize
+from anomalib_recon.layers import AntialiasResize
 
 
 class ExactResizePreProcessor(PreProcessor):
@@ -34,6 +36,11 @@ class ExactResizePreProcessor(PreProcessor):
     def __init__(self, transform: Transform | None = None) -> None:
         super().__init__(transform)
         self.export_transform = _get_exact_export_transform(transform)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Transform a training batch, if it has images: cached features are those of transformed images."""
+        if hasattr(batch, "image"):
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
         """Restore the transform and rebuild its exportable version.
@@ -64,3 +71,19 @@ def _replace_resize(transform: Transform) -> Transform:
         height, width = transform.size
         return AntialiasResize((height, width))
     return transform
+
+
+def flatten_transform(transform: Transform | None) -> Iterator[Transform]:
+    """List the transforms of a composition.
+
+    Args:
+        transform (Transform | None): Transform, a nested composition, or none.
+
+    Yields:
+        Transform: The parts, in order.
+    """
+    if isinstance(transform, Compose):
+        for part in transform.transforms:
+            yield from flatten_transform(part)
+    elif transform is not None:
+        yield transform

@@ -22,9 +22,6 @@ MIN_CONTRAST = 0.1
 class ConfettiNoise(nn.Module):
     """Paste coloured rectangles at random places on some images of a batch.
 
-    The random numbers come from torch's global generator of the CPU, whatever the device of the images: a seed gives
-    the same confetti everywhere.
-
     Args:
         probability (float): Probability that an image gets confetti, in [0, 1]. Defaults to ``0.5``.
         max_rectangles (int): Most rectangles on an image, from 1; their number is uniform. Defaults to ``5``.
@@ -35,7 +32,7 @@ class ConfettiNoise(nn.Module):
         ValueError: If an argument is out of range.
 
     Example:
-        >>> noisy_images, masks = ConfettiNoise()(torch.rand(16, 3, 256, 256))
+        >>> noisy_images, masks = ConfettiNoise()(torch.rand(16, 3, 256, 256), torch.Generator().manual_seed(0))
     """
 
     def __init__(
@@ -59,11 +56,13 @@ class ConfettiNoise(nn.Module):
         self.max_rectangles = max_rectangles
         self.size_range = (least, greatest)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Paste confetti.
 
         Args:
             images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
+            generator (torch.Generator): Source of randomness, on the CPU, so that a seed gives the same confetti
+                on all devices.
 
         Returns:
             tuple[Tensor, Tensor]: Images of the same shape, and boolean masks of shape ``(B, H, W)`` of the pixels
@@ -71,11 +70,11 @@ class ConfettiNoise(nn.Module):
         """
         batch_size, _, height, width = images.shape
         shape = (batch_size, self.max_rectangles)
-        top, bottom = self._draw_extents(shape, height)
-        left, right = self._draw_extents(shape, width)
-        contrasts = torch.empty(*shape, 3).uniform_(MIN_CONTRAST, 1 - MIN_CONTRAST)
-        numbers = torch.randint(1, self.max_rectangles + 1, (batch_size, 1))
-        numbers[torch.rand(batch_size) >= self.probability] = 0
+        top, bottom = self._draw_extents(shape, height, generator)
+        left, right = self._draw_extents(shape, width, generator)
+        contrasts = torch.empty(*shape, 3).uniform_(MIN_CONTRAST, 1 - MIN_CONTRAST, generator=generator)
+        numbers = torch.randint(1, self.max_rectangles + 1, (batch_size, 1), generator=generator)
+        numbers[torch.rand(batch_size, generator=generator) >= self.probability] = 0
         shown = torch.arange(self.max_rectangles) < numbers  # (B, n)
 
         # a slice between index tensors comes last: (B, n, 3)
@@ -91,8 +90,8 @@ class ConfettiNoise(nn.Module):
             noisy_images = torch.where(inside[:, None], colours[:, index, :, None, None], noisy_images)
         return noisy_images, (noisy_images != images).any(dim=1)
 
-    def _draw_extents(self, shape: tuple[int, int], side: int) -> tuple[Tensor, Tensor]:
+    def _draw_extents(self, shape: tuple[int, int], side: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw first and last + 1 pixels of rectangles along a side of ``side`` pixels, each of the given shape."""
-        lengths = (torch.empty(shape).uniform_(*self.size_range) * side).round().clamp(1, side)
-        start = (torch.rand(shape) * (side - lengths + 1)).floor()
+        lengths = (torch.empty(shape).uniform_(*self.size_range, generator=generator) * side).round().clamp(1, side)
+        start = (torch.rand(shape, generator=generator) * (side - lengths + 1)).floor()
         return start.long(), (start + lengths).long()

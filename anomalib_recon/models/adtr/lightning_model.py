@@ -16,64 +16,31 @@ See Also:
     :class:`anomalib_recon.models.adtr.torch_model.ADTRModel`: the network, usable alone.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
-from anomalib import LearningType
 from anomalib.data import AnomalibDataset, Batch
+from anomalib.data.utils import LabelName
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.utils.config import to_tuple
 from anomalib.visualization import Visualizer
-from lightning.pytorch import Callback
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
-from torchvision.transforms.v2 import Resize
 
-from anomalib_recon.metrics import RawScoreEvaluator
-from anomalib_recon.models.components import (
-    BackboneInCheckpoint,
-    CachedBatch,
-    CurrentOpsetExport,
-    FeatureCache,
-    ValidationAtEnd,
-    check_finite,
-    check_training_files,
-    check_whole,
-    guards,
-    load_checkpoint,
-    refuse_normalize,
-    refuse_other_networks,
-    resolve_image_size,
-)
-from anomalib_recon.pre_processing import ExactResizePreProcessor
+from anomalib_recon.layers import check_finite, check_positive, check_whole
+from anomalib_recon.models.base import ReconstructionModule
+from anomalib_recon.training import FeatureCache, load_checkpoint
 
 from .confetti import ConfettiNoise
 from .loss import ImageLoss, NormalLoss, PixelLoss
 from .torch_model import ADTRModel
 
-DEFAULT_IMAGE_SIZE = (256, 256)
-# arguments that a checkpoint and the model it is loaded into must share
-NETWORK_ARGUMENTS = (
-    "backbone",
-    "layers",
-    "image_size",
-    "feature_size",
-    "embed_dim",
-    "depth",
-    "num_heads",
-    "mlp_dim",
-    "query",
-    "attention",
-)
 
-
-class ADTR(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: ignore[misc]  # to_onnx as anomalib's
+class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_onnx as anomalib's
     """Reconstruction of a frozen backbone's features by a transformer with a learned query.
 
     With ``labels=None`` it is ADTR, trained on normal images. With ``labels="pixel"`` or ``"image"`` it is ADTR+, which
@@ -153,6 +120,8 @@ class ADTR(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         ConnectionError: If the backbone's weights can be had neither from the local cache nor from the network.
     """
 
+    network = ADTRModel
+    free_arguments = ("dropout", "pool_size")
     first_own_weight = "model.reduce.weight"
 
     def __init__(
@@ -185,24 +154,18 @@ class ADTR(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        # assigned before the arguments are saved as hyper-parameters, which are plain data
-        layers = layers and list(layers)
-        image_size = _find_image_size(image_size, pre_processor, pool_size)
+        # assigned before the arguments are saved as hyper-parameters
+        image_size = self.find_image_size(image_size, pre_processor)
         feature_size = None if feature_size is None else to_tuple(feature_size)  # type: ignore[arg-type]  # hints at int alone
-        backbone_weights = backbone_weights and str(backbone_weights)
-        normal_checkpoint = normal_checkpoint and str(normal_checkpoint)
-        refuse_normalize(pre_processor)
-        if pre_processor is True:
-            pre_processor = self.configure_pre_processor(image_size)
         super().__init__(
-            pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
+            pre_processor=self.make_pre_processor(pre_processor, image_size),
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
         )
         check_whole(lr_drop_epoch=lr_drop_epoch)
-        check_finite(alpha=alpha, learning_rate=learning_rate, weight_decay=weight_decay, confetti=confetti)
-        for name in ("alpha", "learning_rate"):
-            if self.hparams[name] <= 0:
-                msg = f"{name} must be positive, got {self.hparams[name]}."
-                raise ValueError(msg)
+        check_positive(alpha=alpha, learning_rate=learning_rate)
+        check_finite(weight_decay=weight_decay, confetti=confetti)
         if weight_decay < 0:
             msg = f"weight_decay must not be negative, got {weight_decay}."
             raise ValueError(msg)
@@ -216,55 +179,21 @@ class ADTR(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
             )
             raise ValueError(msg)
 
-        self.model: ADTRModel = ADTRModel(
-            backbone=backbone,
-            layers=layers,
-            pre_trained=pre_trained,
-            backbone_weights=backbone_weights,
-            image_size=image_size,
-            feature_size=feature_size,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_dim=mlp_dim,
-            dropout=dropout,
-            query=query,
-            attention=attention,
-            pool_size=pool_size,
-        )
-        self.loss = _choose_loss(labels, alpha, top_k, math.prod(self.model.feature_size))
+        self.model: ADTRModel = self.build_network()
+        self.loss = _choose_loss(labels, alpha, top_k, self.model.num_tokens)
         self.confetti = ConfettiNoise(confetti) if confetti else None
         self.labels = labels
         self.normal_checkpoint = normal_checkpoint
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.lr_drop_epoch = lr_drop_epoch
-        self._feature_cache = FeatureCache(feature_cache_gib, "confetti is drawn on images" if confetti else None)
+        self.feature_cache = FeatureCache(feature_cache_gib, "confetti is drawn on images" if confetti else None)
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LRScheduler]]:
         """AdamW, and a tenth of the learning rate after ``lr_drop_epoch`` epochs (section 4.2)."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
         return [optimizer], [torch.optim.lr_scheduler.MultiStepLR(optimizer, [self.lr_drop_epoch])]
-
-    def configure_callbacks(self) -> Sequence[Callback]:
-        """Anomalib's components, validation at the end, features computed once, and the guards of all models."""
-        callbacks = cast("Sequence[Callback]", super().configure_callbacks())
-        return [*callbacks, ValidationAtEnd(), self._feature_cache, *guards()]
-
-    def setup(self, stage: str) -> None:
-        """Look at the training data before a long training.
-
-        Args:
-            stage (str): ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
-
-        Raises:
-            ValueError: If the training data do not fit ``labels``.
-        """
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if stage == "fit" and datamodule:
-            check_training_files(datamodule)
-            self._check_labels(datamodule.train_data)
 
     def on_fit_start(self) -> None:
         """Start ADTR+ from an ADTR.
@@ -276,7 +205,7 @@ class ADTR(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         if self.labels and self.trainer.ckpt_path is None:
             self._load_normal_checkpoint()
 
-    def features_and_targets(self, batch: Batch) -> tuple[Tensor, ...]:
+    def training_inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """Compute what the loss needs of a training batch.
 
         Args:
@@ -288,27 +217,7 @@ class ADTR(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         """
         images, masks, labels = self._anomalies(batch)
         targets = {None: (), "pixel": (masks,), "image": (labels,)}[self.labels]
-        return self.model.extract_features(images), *targets
-
-    def training_step(self, batch: Batch | CachedBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Rebuild the features of a batch.
-
-        Args:
-            batch (Batch | CachedBatch): Batch of B pre-processed training images, or their features and targets.
-            *args (Any): Not used.
-            **kwargs (Any): Not used.
-
-        Returns:
-            STEP_OUTPUT: The loss.
-        """
-        del args, kwargs
-        inputs = batch.inputs if isinstance(batch, CachedBatch) else self.features_and_targets(batch)
-        features, *targets = inputs
-        reconstruction = self.model.reconstruct(features).float()
-        with torch.autocast(self.device.type, enabled=False):
-            loss = self.loss(features, reconstruction, *targets)
-        self.log("train_loss", loss, prog_bar=True, on_epoch=True, batch_size=len(features))
-        return loss
+        return self.model.embed(images), *targets
 
     def _anomalies(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, 3, H, W), masks (B, H, W) and labels (B,) of a batch, confetti included."""
@@ -320,42 +229,23 @@ class ADTR(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         if batch.gt_mask is not None:
             masks = masks | batch.gt_mask.bool()
         if self.confetti:
-            noisy, drawn = self.confetti(images)
+            seed = int(torch.randint(2**31, ())) + self.global_rank  # other confetti in each process
+            noisy, drawn = self.confetti(images, torch.Generator().manual_seed(seed))
             images = torch.where(labels[:, None, None, None], images, noisy)
             masks = masks | drawn & ~labels[:, None, None]
             labels = labels | drawn.any(dim=(1, 2))
         return images, masks, labels
 
-    def validation_step(self, batch: Batch, batch_idx: int, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Score a batch of images.
+    def check_training_set(self, dataset: AnomalibDataset) -> None:
+        """Compare the training set with ``labels``.
 
         Args:
-            batch (Batch): Batch of B pre-processed images.
-            batch_idx (int): Not used.
-            *args (Any): Not used.
-            **kwargs (Any): Not used.
-
-        Returns:
-            STEP_OUTPUT: The batch with ``pred_score`` and ``anomaly_map``.
-        """
-        del batch_idx, args, kwargs
-        return batch.update(**self.model(batch.image)._asdict())
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that does not fit.
-
-        Args:
-            checkpoint (dict[str, Any]): The checkpoint.
+            dataset (AnomalibDataset): Training set.
 
         Raises:
-            ValueError: If it is of another model, or of a network with other arguments.
+            ValueError: If it lacks anomalies or their masks, or has anomalies without ``labels``.
         """
-        refuse_other_networks(checkpoint, "ADTR", self.hparams, NETWORK_ARGUMENTS)
-        super().on_load_checkpoint(checkpoint)
-
-    def _check_labels(self, dataset: AnomalibDataset) -> None:
-        """Compare the training set with ``labels``."""
-        anomalous = dataset.samples[dataset.samples.label_index == 1]
+        anomalous = dataset.samples[dataset.samples.label_index == LabelName.ABNORMAL]
         if not self.labels and len(anomalous):
             msg = (
                 f"labels=None trains on normal images alone, but the training set has {len(anomalous)} anomalous ones; "
@@ -385,45 +275,9 @@ class ADTR(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
             )
             raise ValueError(msg)
         checkpoint = load_checkpoint(self.normal_checkpoint, "normal_checkpoint")
-        refuse_other_networks(checkpoint, "ADTR", self.hparams, NETWORK_ARGUMENTS)
+        self.refuse_other_networks(checkpoint)
         weights = {key: value for key, value in checkpoint["state_dict"].items() if key.startswith("model.")}
         self.load_state_dict(weights, strict=False)
-
-    @staticmethod
-    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
-        """Resize images; the model normalises them for its backbone.
-
-        Args:
-            image_size (tuple[int, int] | None): Height and width.
-                Defaults to ``None``, which means 256 x 256.
-
-        Returns:
-            PreProcessor: Pre-processor.
-        """
-        return ExactResizePreProcessor(Resize(image_size or DEFAULT_IMAGE_SIZE, antialias=True))
-
-    @staticmethod
-    def configure_evaluator() -> RawScoreEvaluator:
-        """Image and pixel AUROC and F1 score, and pixel AUPRO, on raw scores."""
-        return RawScoreEvaluator()
-
-    @property
-    def trainer_arguments(self) -> dict[str, Any]:
-        """None: the number of epochs is a matter of the config, or of ``--trainer.max_epochs``."""
-        return {}
-
-    @property
-    def learning_type(self) -> LearningType:
-        """One-class: ADTR is trained on normal images, and ADTR+ needs no more of its anomalies than that they are."""
-        return LearningType.ONE_CLASS
-
-
-def _find_image_size(
-    image_size: int | tuple[int, int] | None, pre_processor: PreProcessor | bool, pool_size: int
-) -> tuple[int, int]:
-    size = resolve_image_size(image_size, pre_processor, DEFAULT_IMAGE_SIZE)
-    # anomalib's tiled ensemble builds a model for 10 x 10 pixels only to ask it for its evaluator
-    return DEFAULT_IMAGE_SIZE if image_size is None and min(size) < pool_size else size
 
 
 def _choose_loss(labels: str | None, alpha: float, top_k: int, num_cells: int) -> NormalLoss | PixelLoss | ImageLoss:

@@ -33,7 +33,8 @@ class NormalLoss(nn.Module):
         Returns:
             Tensor: Loss of shape ``()``.
         """
-        return (features - reconstruction).square().sum(dim=1).mean()
+        with torch.autocast(features.device.type, enabled=False):
+            return (features.float() - reconstruction.float()).square().sum(dim=1).mean()
 
 
 class PixelLoss(nn.Module):
@@ -103,9 +104,10 @@ def pseudo_huber(features: Tensor, reconstruction: Tensor) -> Tensor:
     Returns:
         Tensor: phi of shape ``(B, h, w)``, not negative.
     """
-    squared = (features - reconstruction).abs().mean(dim=1).square()
-    # the same as sqrt(squared + 1) - 1, which in fp32 is zero for all small differences
-    return squared / ((squared + 1).sqrt() + 1)
+    with torch.autocast(features.device.type, enabled=False):
+        squared = (features.float() - reconstruction.float()).abs().mean(dim=1).square()
+        # the same as sqrt(squared + 1) - 1, which in fp32 is zero for all small differences
+        return squared / ((squared + 1).sqrt() + 1)
 
 
 def log_one_minus_exp(values: Tensor) -> Tensor:

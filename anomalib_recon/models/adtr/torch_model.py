@@ -6,7 +6,7 @@ Example:
     >>> import torch
     >>> from anomalib_recon.models.adtr.torch_model import ADTRModel
     >>> model = ADTRModel(backbone="resnet18", pre_trained=False, image_size=(64, 64)).eval()
-    >>> features = model.extract_features(torch.rand(1, 3, 64, 64))
+    >>> features = model.embed(torch.rand(1, 3, 64, 64))
     >>> model.reconstruct(features).shape
     torch.Size([1, 1024, 4, 4])
 
@@ -24,8 +24,7 @@ from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from anomalib_recon.models.components import FrozenBackbone, check_finite, check_whole, stage_strides
-from anomalib_recon.pre_processing import AntialiasResize
+from anomalib_recon.layers import AntialiasResize, FrozenBackbone, check_finite, check_whole, stage_strides
 
 from .anomaly_map import AnomalyMapGenerator
 
@@ -211,19 +210,19 @@ class ADTRModel(nn.Module):
         self.backbone = FrozenBackbone(backbone, layers, pre_trained, backbone_weights)
         self.resize = AntialiasResize(self.feature_size)
         num_channels = sum(self.backbone.num_channels)
-        num_tokens = math.prod(self.feature_size)
+        self.num_tokens = math.prod(self.feature_size)
 
         self.reduce = nn.Conv2d(num_channels, embed_dim, kernel_size=1)
-        self.position = nn.Parameter(torch.empty(1, num_tokens, embed_dim))
+        self.position_embedding = nn.Parameter(torch.empty(1, self.num_tokens, embed_dim))
         self.encoder = nn.ModuleList(
             EncoderLayer(embed_dim, num_heads, mlp_dim, dropout, attention) for _ in range(depth)
         )
-        self.query = nn.Parameter(torch.empty(1, num_tokens, embed_dim)) if query == "learned" else None
+        self.query = nn.Parameter(torch.empty(1, self.num_tokens, embed_dim)) if query == "learned" else None
         self.decoder = nn.ModuleList(
             DecoderLayer(embed_dim, num_heads, mlp_dim, dropout, attention) for _ in range(depth)
         )
         self.recover = nn.Conv2d(embed_dim, num_channels, kernel_size=1)
-        self.anomaly_map_generator = AnomalyMapGenerator(pool_size)
+        self.anomaly_map_generator = AnomalyMapGenerator(image_size, pool_size)
         self._initialize()
 
     def _initialize(self) -> None:
@@ -232,11 +231,11 @@ class ADTRModel(nn.Module):
             for parameter in layers.parameters():
                 if parameter.dim() > 1:
                     nn.init.xavier_uniform_(parameter)
-        for embedding in (self.position, self.query):
+        for embedding in (self.position_embedding, self.query):
             if embedding is not None:
                 nn.init.normal_(embedding, std=0.02)
 
-    def extract_features(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor) -> Tensor:
         """Resize the backbone's feature maps to one size and concatenate them ("Embedding").
 
         Args:
@@ -260,28 +259,30 @@ class ADTRModel(nn.Module):
         """
         tokens = self.reduce(features).flatten(2).transpose(1, 2)  # (B, hw, D)
         for layer in self.encoder:
-            tokens = layer(tokens, self.position)
+            tokens = layer(tokens, self.position_embedding)
         rebuilt = tokens if self.query is None else self.query
         for layer in self.decoder:
-            rebuilt = layer(rebuilt, tokens, self.position)
+            rebuilt = layer(rebuilt, tokens, self.position_embedding)
         return self.recover(rebuilt.transpose(1, 2).unflatten(2, self.feature_size))
 
-    def forward(self, images: Tensor) -> InferenceBatch:
-        """Score images ("Inference").
+    def compare(self, features: Tensor, reconstruction: Tensor) -> InferenceBatch:
+        """Compare features with their reconstruction ("Inference").
 
         Args:
-            images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
+            features (Tensor): Features f of shape ``(B, C, h, w)``.
+            reconstruction (Tensor): Their reconstruction, of the same shape.
 
         Returns:
             InferenceBatch: ``pred_score`` of shape ``(B,)`` and ``anomaly_map`` of shape ``(B, 1, H, W)``, both not
                 negative and without an upper limit.
         """
-        features = self.extract_features(images)
-        reconstruction = self.reconstruct(features)
-        with torch.autocast(images.device.type, enabled=False):
-            anomaly_map = self.anomaly_map_generator(features, reconstruction.float(), images.shape[-2:])
-            pred_score = self.anomaly_map_generator.score(anomaly_map)
-        return InferenceBatch(pred_score=pred_score, anomaly_map=anomaly_map)
+        anomaly_map = self.anomaly_map_generator(features, reconstruction)
+        return InferenceBatch(pred_score=self.anomaly_map_generator.score(anomaly_map), anomaly_map=anomaly_map)
+
+    def forward(self, images: Tensor) -> InferenceBatch:
+        """Score images of shape ``(B, 3, H, W)`` with values in [0, 1]; see :meth:`compare`."""
+        features = self.embed(images)
+        return self.compare(features, self.reconstruct(features))
 
 
 def find_feature_size(

@@ -65,12 +65,13 @@ class AnomalyMapGenerator(nn.Module):
         Returns:
             Tensor: Difference maps of shape ``(B, 1, H, W)`` with values in [0, 1).
         """
-        return torch.stack(
-            [
+        with torch.autocast(images.device.type, enabled=False):
+            images, reconstruction = images.float(), reconstruction.float()
+            maps = [
                 self._resize(smooth(self._gradient_difference(images, reconstruction, scale)), self.image_size)
                 for scale, smooth in zip(self.scales, self.smooth, strict=True)
             ]
-        ).mean(dim=0)
+        return torch.stack(maps).mean(dim=0)
 
     def forward(self, difference: Tensor, normal_difference: Tensor) -> Tensor:
         """Squared deviation from the mean difference of normal images (eq. 17).

@@ -59,12 +59,12 @@ class InTraLoss(nn.Module):
         self.gms_weight = gms_weight
         self.ssim_weight = ssim_weight
 
-    def forward(self, inpainted: Tensor, patches: Tensor) -> Tensor:
-        """Compare inpainted patches with the covered ones.
+    def forward(self, patches: Tensor, inpainted: Tensor) -> Tensor:
+        """Compare covered patches with the inpainted ones.
 
         Args:
-            inpainted (Tensor): Patches of shape ``(n, 3, K, K)``.
-            patches (Tensor): Covered patches of the same shape, with values in [0, 1].
+            patches (Tensor): Covered patches of shape ``(n, 3, K, K)``, with values in [0, 1].
+            inpainted (Tensor): Inpainted patches of the same shape.
 
         Returns:
             Tensor: Loss, a scalar.

@@ -10,8 +10,9 @@ Example:
     >>> import torch
     >>> from anomalib_recon.models.intra.torch_model import InTraModel
     >>> model = InTraModel(image_size=(64, 64), patch_size=8, embed_dim=32, depth=2, num_heads=4).eval()
-    >>> model.reconstruct(torch.rand(2, 3, 64, 64)).shape
-    torch.Size([2, 3, 64, 64])
+    >>> patches = model.embed(torch.rand(2, 3, 64, 64))
+    >>> patches.shape, model.reconstruct(patches).shape
+    (torch.Size([2, 64, 192]), torch.Size([2, 64, 192]))
 
 Paper:
     Inpainting Transformer for Anomaly Detection, https://arxiv.org/abs/2104.13897.
@@ -22,15 +23,18 @@ See Also:
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from anomalib.data import InferenceBatch
 from torch import Tensor, nn
+
+# torch has no other loop that its ONNX exporter knows
+from torch._higher_order_ops import scan
 from torch.nn import functional
 
-from anomalib_recon.models.components import check_whole
+from anomalib_recon.layers import check_whole
 
 from .anomaly_map import AnomalyMapGenerator
 
@@ -74,27 +78,23 @@ class MultiheadSelfAttention(nn.Module):
         self.value = TokenLinear(embed_dim, embed_dim)
         self.unify = TokenLinear(embed_dim, embed_dim)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Let every token attend to all tokens of its sequence, or to some.
+    def forward(self, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Let some tokens attend to all tokens of their sequence, or to those that a mask allows.
 
         Args:
+            queries (Tensor): Tokens that attend, of shape ``(B, Q, D)``.
             tokens (Tensor): Sequences of shape ``(B, T, D)``.
-            mask (Tensor | None): Which tokens each one attends to, shape ``(B, 1, T, T)``; all if ``None``.
+            mask (Tensor | None): Which tokens each query attends to, shape ``(B, 1, Q, T)``; all if ``None``.
                 Defaults to ``None``.
 
         Returns:
-            Tensor: Sequences of shape ``(B, T, D)``.
+            Tensor: Tokens of shape ``(B, Q, D)``.
         """
-        return self.attend(*self.project(tokens), mask)
-
-    def project(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of tokens of shape ``(..., D)``, each on its own."""
-        return self.query(tokens), self.key(tokens), self.value(tokens)
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attention of sequences, from their projections of shape ``(B, T, F)`` or ``(B, T, D)`` to ``(B, T, D)``."""
         heads = functional.scaled_dot_product_attention(
-            self._slice(query), self._slice(key), self._slice(value), attn_mask=mask
+            self._slice(self.query(queries)),
+            self._slice(self.key(tokens)),
+            self._slice(self.value(tokens)),
+            attn_mask=mask,
         )
         return self.unify(heads.transpose(1, 2).flatten(2))
 
@@ -135,16 +135,28 @@ class TransformerBlock(nn.Module):
         self.mlp_norm = nn.LayerNorm(embed_dim)
         self.mlp = _mlp(embed_dim, 4 * embed_dim, embed_dim)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map sequences of shape ``(B, T, D)`` to sequences of the same shape."""
-        return self.feed_forward(self.attend(tokens))
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, read: Tensor | None = None) -> Tensor:
+        """Map sequences.
 
-    def attend(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """First half of the block; see :meth:`MultiheadSelfAttention.forward`."""
-        return tokens + self.attention(self.attention_norm(tokens), mask)
+        Args:
+            tokens (Tensor): Sequences of shape ``(B, T, D)``.
+            mask (Tensor | None): See :class:`MultiheadSelfAttention`.
+                Defaults to ``None``.
+            read (Tensor | None): The tokens that are needed of the result, as indices of shape ``(B, c)``; all if
+                ``None``.
+                Defaults to ``None``.
 
-    def feed_forward(self, tokens: Tensor) -> Tensor:
-        """Second half of the block."""
+        Returns:
+            Tensor: Sequences of shape ``(B, T, D)``, or ``(B, c, D)``.
+        """
+        normed = self.attention_norm(tokens)
+        queries = normed
+        if read is not None:
+            read = read[:, :, None]
+            queries = normed.gather(1, read.expand(-1, -1, tokens.shape[-1]))
+            tokens = tokens.gather(1, read.expand(-1, -1, tokens.shape[-1]))
+            mask = None if mask is None else mask.gather(2, read[:, None].expand(-1, 1, -1, mask.shape[-1]))
+        tokens = tokens + self.attention(queries, normed, mask)
         return tokens + self.mlp(self.mlp_norm(tokens))
 
 
@@ -159,8 +171,8 @@ class InTraModel(nn.Module):
         depth (int): Number of transformer blocks n.
         num_heads (int): Number of attention heads h.
         attention (Literal["mfsa", "msa"]): Feature self-attention (eq. 10) or regular self-attention (eq. 6).
-        long_residuals (bool): Add the output of block i to the input of block n - 1 - i, for i < n // 2 (counted from
-            0), as in a U-Net.
+        long_residuals (bool): Add the output of block i to the input of block n - 1 - i, for i < (n - 1) // 2 (counted
+            from 0), as in a U-Net.
         position (Literal["global", "local"]): Number the patches within the image (eq. 2) or the window (eq. 1).
         readout (Literal["mean", "token"]): Paint from the mean of the output sequence, or from the output at the
             covered patch.
@@ -208,7 +220,7 @@ class InTraModel(nn.Module):
         self.patch_size = patch_size
         self.window_size = window_size
         self.grid_size = (image_size[0] // patch_size, image_size[1] // patch_size)
-        self.long_residuals = long_residuals
+        self.num_long_residuals = (depth - 1) // 2 if long_residuals else 0
         self.is_global = position == "global"
         self.readout = readout
         self.windows_per_chunk = windows_per_chunk
@@ -245,149 +257,127 @@ class InTraModel(nn.Module):
         self.normal_difference: Tensor
 
     def forward(self, images: Tensor) -> InferenceBatch:
-        """Score images by how they differ from their reconstruction (section 3.5).
+        """Score images of shape ``(B, 3, H, W)`` with values in [0, 1] (section 3.5); see :meth:`compare`."""
+        patches = self.embed(images)
+        return self.compare(patches, self.reconstruct(patches))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Cut images into patches (section 3.1).
 
         Args:
             images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
+
+        Returns:
+            Tensor: Patches of shape ``(B, N * M, K * K * 3)``, in row-major order.
+
+        Raises:
+            ValueError: If the images are not of the size that the network was built for.
+        """
+        if images.shape[1:] != (NUM_CHANNELS, *self.image_size):
+            msg = (
+                f"images must have shape (B, {NUM_CHANNELS}, {self.image_size[0]}, {self.image_size[1]}), got "
+                f"{tuple(images.shape)}; resize them or build the model with their image_size."
+            )
+            raise ValueError(msg)
+        rows, cols = self.grid_size
+        patches = images.reshape(-1, NUM_CHANNELS, rows, self.patch_size, cols, self.patch_size)
+        return patches.permute(0, 2, 4, 3, 5, 1).reshape(-1, rows * cols, self.patch_size**2 * NUM_CHANNELS)
+
+    def reconstruct(self, patches: Tensor) -> Tensor:
+        """Inpaint every patch of the images from the window around it.
+
+        Args:
+            patches (Tensor): Patches of shape ``(B, N * M, K * K * 3)``.
+
+        Returns:
+            Tensor: Inpainted patches of the same shape; values in [0, 1] if the network ends in a sigmoid.
+        """
+        if torch.compiler.is_exporting():
+            return self._reconstruct_in_graph(patches)
+        chunks = list(
+            zip(self.tokens.split(self.windows_per_chunk), self.covered.split(self.windows_per_chunk), strict=True)
+        )
+        images = [torch.cat([self.inpaint(image[chunk[0]], *chunk) for chunk in chunks]) for image in patches]
+        return torch.stack(images).flatten(1, 2)[:, self.order]
+
+    def _reconstruct_in_graph(self, patches: Tensor) -> Tensor:
+        """As :meth:`reconstruct`, for all images at a time, by a loop in the exported graph, which so stays small."""
+        size = min(self.windows_per_chunk, len(self.tokens))
+        places = torch.arange(-(-len(self.tokens) // size) * size, device=patches.device) % len(self.tokens)
+
+        def step(carry: list[Tensor], chunk: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            # the patches are carried along because OpenVINO takes any other input of the loop for an initial value
+            [patches], (tokens, covered) = carry, chunk
+            windows = patches[:, tokens]  # (B, n, L * L, K * K * 3)
+            tokens, covered = (values.expand(windows.shape[0], -1, -1).flatten(0, 1) for values in chunk)
+            inpainted = self.inpaint(windows.flatten(0, 1), tokens, covered)
+            return [patches.clone()], [inpainted.reshape(patches.shape[0], -1, patches.shape[2])]
+
+        _, [inpainted] = scan(
+            step, [patches], [values[places].unflatten(0, (-1, size)) for values in (self.tokens, self.covered)]
+        )
+        return inpainted.transpose(0, 1).flatten(1, 2)[:, self.order]
+
+    def inpaint(self, windows: Tensor, tokens: Tensor, covered: Tensor) -> Tensor:
+        """Inpaint the covered patches of windows (sections 3.1 to 3.3).
+
+        Args:
+            windows (Tensor): Patches of n windows, shape ``(n, L * L, K * K * 3)``.
+            tokens (Tensor): Their places as row-major indices in the grid, shape ``(n, L * L)``.
+            covered (Tensor): The covered patches of each window as indices in the window, shape ``(n, c)``.
+
+        Returns:
+            Tensor: Inpainted patches of shape ``(n, c, K * K * 3)``.
+        """
+        # eqs. 3-5; an embedding look-up, unlike indexing, has a deterministic gradient on every device
+        places = functional.embedding(tokens, self.position_embedding) if self.is_global else self.position_embedding
+        is_covered = (covered[:, :, None] == torch.arange(self.window_size**2, device=covered.device)).any(dim=1)
+        sequence = torch.where(is_covered[:, :, None], self.inpaint_token, self.patch_embedding(windows)) + places
+        mask = self._mask(is_covered) if covered.shape[1] > 1 else None
+
+        early: list[Tensor] = []
+        for index, block in enumerate(self.blocks):
+            if index >= len(self.blocks) - self.num_long_residuals:
+                sequence = sequence + early.pop()
+            is_last = index == len(self.blocks) - 1
+            sequence = block(sequence, mask, read=covered if is_last and self.readout == "token" else None)
+            if index < self.num_long_residuals:
+                early.append(sequence)
+        if self.readout == "mean":
+            sequence = sequence.mean(dim=1, keepdim=True)
+        return self.output(self.head(sequence))
+
+    @staticmethod
+    def _mask(is_covered: Tensor) -> Tensor:
+        """Which tokens attend to which, ``(n, T) -> (n, 1, T, T)``.
+
+        Of several covered tokens, each is seen by itself alone, so that a patch is painted as if the others were not
+        there.
+        """
+        is_self = torch.eye(is_covered.shape[1], dtype=torch.bool, device=is_covered.device)
+        return is_self | ~is_covered[:, None, None]
+
+    def compare(self, patches: Tensor, reconstruction: Tensor) -> InferenceBatch:
+        """Compare the gradients of images and reconstructions (section 3.5).
+
+        Args:
+            patches (Tensor): Patches of shape ``(B, N * M, K * K * 3)``.
+            reconstruction (Tensor): Inpainted patches of the same shape.
 
         Returns:
             InferenceBatch: ``anomaly_map`` of shape ``(B, 1, H, W)`` (eq. 17) and ``pred_score`` of shape ``(B,)``
                 (eq. 18), both not negative.
         """
-        return self.score(images, self.reconstruct(images))
-
-    def score(self, images: Tensor, reconstruction: Tensor) -> InferenceBatch:
-        """Score images given their reconstruction; see :meth:`forward`."""
-        difference = self.anomaly_map_generator.difference(images, reconstruction)
-        anomaly_map = self.anomaly_map_generator(difference, self.normal_difference)
+        anomaly_map = self.anomaly_map_generator(self.difference(patches, reconstruction), self.normal_difference)
         return InferenceBatch(pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map)
 
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """Inpaint every patch of the images from the window around it.
+    def difference(self, patches: Tensor, reconstruction: Tensor) -> Tensor:
+        """``diff`` of section 3.5, ``(B, N * M, K * K * 3) -> (B, 1, H, W)``."""
+        return self.anomaly_map_generator.difference(self.unpatchify(patches), self.unpatchify(reconstruction))
 
-        Args:
-            images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
-
-        Returns:
-            Tensor: Reconstructed images of shape ``(B, 3, H, W)``; values in [0, 1] if the network ends in a sigmoid.
-
-        Raises:
-            ValueError: If the images are not of the size that the network was built for.
-        """
-        if torch.compiler.is_compiling():  # the number of images is symbolic in an exported graph
-            return self._reconstruct(images)
-        return torch.cat([self._reconstruct(image) for image in images.split(1)])
-
-    def _reconstruct(self, images: Tensor) -> Tensor:
-        table = self._embed(self.patchify(images))
-        attend = self._attend_shared(table) if self.is_global else self._attend_windows(table)
-        patches = []
-        for tokens, covered in zip(
-            self.tokens.split(self.windows_per_chunk), self.covered.split(self.windows_per_chunk), strict=True
-        ):
-            mask = self._mask(covered, images.shape[0])  # len() would fix the number of images in an exported graph
-            patches.append(self._paint(attend(self._window_rows(tokens, covered), mask), covered, mask))
-        return self.unpatchify(torch.cat(patches, dim=1)[:, self.order])
-
-    def inpaint(self, patches: Tensor, image_index: Tensor, tokens: Tensor, covered: Tensor) -> Tensor:
-        """Inpaint the covered patches of n windows, which may come from different images.
-
-        Args:
-            patches (Tensor): Patches of the images, shape ``(B, N * M, K * K * 3)``; see :meth:`patchify`.
-            image_index (Tensor): The image of each window, shape ``(n,)``.
-            tokens (Tensor): The patches of each window as row-major indices in the grid, shape ``(n, L * L)``.
-            covered (Tensor): The covered patches of each window as indices in the window, shape ``(n, c)``.
-
-        Returns:
-            Tensor: Inpainted patches of shape ``(n * c, K * K * 3)``.
-        """
-        embedded = self.patch_embedding(patches[image_index[:, None], tokens])
-        mask = self._mask(covered, num_images=1)
-        sequence = torch.where(self._is_covered(covered)[:, :, None], self.inpaint_token, embedded)
-        # an embedding look-up, unlike indexing, has a deterministic gradient on every device
-        places = functional.embedding(tokens, self.position_embedding) if self.is_global else self.position_embedding
-        return self._paint(self.blocks[0].attend(sequence + places, mask)[None], covered, mask)[0]
-
-    def _embed(self, patches: Tensor) -> Tensor:
-        """Embed patches, and put the tokens that may stand for a covered patch behind them (eqs. 3-4).
-
-        With local positions there is one such token, and positions are added later; with global positions there is one
-        for each patch. Shapes: ``(B, P, K * K * 3) -> (B, P + 1, D)`` or ``(B, P, K * K * 3) -> (B, 2 * P, D)``.
-        """
-        embedded = self.patch_embedding(patches)
-        covered = self.inpaint_token.expand(1, -1)
-        if self.is_global:
-            embedded, covered = embedded + self.position_embedding, covered + self.position_embedding
-        return torch.cat([embedded, covered.expand(embedded.shape[0], -1, -1)], dim=1)
-
-    def _window_rows(self, tokens: Tensor, covered: Tensor) -> Tensor:
-        """Rows of :meth:`_embed` that make up the sequences of windows (eq. 5), ``(n, L * L)``."""
-        num_patches = self.grid_size[0] * self.grid_size[1]
-        return torch.where(self._is_covered(covered), num_patches + tokens if self.is_global else num_patches, tokens)
-
-    def _is_covered(self, covered: Tensor) -> Tensor:
-        """Which patches of windows are covered, ``(n, c) -> (n, L * L)``."""
-        return (covered[:, :, None] == torch.arange(self.window_size**2, device=covered.device)).any(dim=1)
-
-    def _mask(self, covered: Tensor, num_images: int) -> Tensor | None:
-        """Which tokens attend to which, ``(n, c) -> (B * n, 1, T, T)``.
-
-        If there are several covered tokens in a window, each is seen by itself alone, so that a patch is painted as if
-        the others were not there.
-        """
-        if covered.shape[1] == 1:
-            return None
-        is_self = torch.eye(self.window_size**2, dtype=torch.bool, device=covered.device)
-        return (is_self | ~self._is_covered(covered)[:, None, None]).repeat(num_images, 1, 1, 1)
-
-    def _attend_shared(self, table: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
-        """First half of the first block, with each patch projected once for all its windows.
-
-        The result maps rows of shape ``(n, T)`` to tokens of shape ``(B, n, T, D)``.
-        """
-        block = self.blocks[0]
-        projections = block.attention.project(block.attention_norm(table))
-
-        def attend(rows: Tensor, mask: Tensor | None) -> Tensor:
-            query, key, value = (projection[:, rows].flatten(0, 1) for projection in projections)
-            attention = block.attention.attend(query, key, value, mask)
-            return table[:, rows] + attention.unflatten(0, (-1, len(rows)))
-
-        return attend
-
-    def _attend_windows(self, table: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
-        """As :meth:`_attend_shared`, for tokens that depend on their place in the window."""
-
-        def attend(rows: Tensor, mask: Tensor | None) -> Tensor:
-            sequence = table[:, rows] + self.position_embedding
-            return self.blocks[0].attend(sequence.flatten(0, 1), mask).unflatten(0, (-1, len(rows)))
-
-        return attend
-
-    def _paint(self, attended: Tensor, covered: Tensor, mask: Tensor | None = None) -> Tensor:
-        """From the first half of the first block to the painted patches, ``(B, n, T, D) -> (B, n * c, K * K * 3)``."""
-        depth, early = len(self.blocks), []
-        num_windows = attended.shape[1]
-        attended = attended.flatten(0, 1)
-        for index, block in enumerate(self.blocks[:-1]):
-            sequence = block.feed_forward(attended)
-            if self.long_residuals and index < depth // 2:
-                early.append(sequence)
-            if self.long_residuals and index + 1 >= depth - depth // 2:
-                sequence = sequence + early.pop()
-            attended = self.blocks[index + 1].attend(sequence, mask)
-
-        def read(tokens: Tensor) -> Tensor:
-            tokens = tokens.unflatten(0, (-1, num_windows))
-            if self.readout == "mean":
-                return tokens.mean(dim=2)
-            windows = torch.arange(num_windows, device=covered.device)[:, None]
-            return tokens[:, windows, covered].flatten(1, 2)
-
-        # the readout is linear and may precede the last layer of the last block, which then has fewer tokens to map
-        last = self.blocks[-1]
-        hidden = last.mlp[:-1](last.mlp_norm(attended))
-        return self.output(self.head(read(attended) + last.mlp[-1](read(hidden))))
+    def picture(self, reconstruction: Tensor) -> Tensor:
+        """Show inpainted patches as images with values in [0, 1], ``(B, N * M, K * K * 3) -> (B, 3, H, W)``."""
+        return self.unpatchify(reconstruction).float().clamp(0, 1)
 
     def draw_windows(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw windows anywhere in the grid, each with a random patch covered (section 3.4).
@@ -445,30 +435,8 @@ class InTraModel(nn.Module):
         side = torch.arange(self.window_size, device=rows.device)
         return _row_major(rows[:, None] + side, cols[:, None] + side, self.grid_size[1])
 
-    def patchify(self, images: Tensor) -> Tensor:
-        """Cut images into patches.
-
-        Args:
-            images (Tensor): Images of shape ``(B, 3, H, W)``.
-
-        Returns:
-            Tensor: Patches of shape ``(B, N * M, K * K * 3)``, in row-major order.
-
-        Raises:
-            ValueError: If the images are not of the size that the network was built for.
-        """
-        if images.shape[1:] != (NUM_CHANNELS, *self.image_size):
-            msg = (
-                f"images must have shape (B, {NUM_CHANNELS}, {self.image_size[0]}, {self.image_size[1]}), got "
-                f"{tuple(images.shape)}; resize them or build the model with their image_size."
-            )
-            raise ValueError(msg)
-        rows, cols = self.grid_size
-        patches = images.reshape(-1, NUM_CHANNELS, rows, self.patch_size, cols, self.patch_size)
-        return patches.permute(0, 2, 4, 3, 5, 1).reshape(-1, rows * cols, self.patch_size**2 * NUM_CHANNELS)
-
     def pixels(self, patches: Tensor) -> Tensor:
-        """Show patches as images, ``(n, K * K * 3) -> (n, 3, K, K)``."""
+        """Show patches as images, ``(..., K * K * 3) -> (n, 3, K, K)``."""
         return patches.reshape(-1, self.patch_size, self.patch_size, NUM_CHANNELS).permute(0, 3, 1, 2)
 
     def unpatchify(self, patches: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from anomalib.models.components import GaussianBlur2d
 from torch import Tensor, nn
 from torch.nn import functional
 
-from anomalib_recon.models.components import check_finite
+from anomalib_recon.layers import check_finite
 
 
 class AnomalyMapGenerator(nn.Module):

@@ -9,6 +9,7 @@ Example:
     torch.Size([])
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -39,19 +40,21 @@ class HybridLoss(nn.Module):
         self.alpha = alpha
         self.patch_size = patch_size
 
-    def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
         """Compute the loss, averaged over all pixels.
 
         Args:
-            reconstruction (Tensor): Reconstruction of shape ``(B, 3, H, W)``.
-            images (Tensor): Images of the same shape with values in [0, 1].
+            images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
+            reconstruction (Tensor): Reconstruction of the same shape.
 
         Returns:
             Tensor: Loss of shape ``()``.
         """
-        pixels = functional.mse_loss(reconstruction, images)
-        normalized = functional.mse_loss(self._normalize(reconstruction), self._normalize(images))
-        return (1 - self.alpha) * pixels + self.alpha * normalized
+        with torch.autocast(images.device.type, enabled=False):
+            reconstruction = reconstruction.float()
+            pixels = functional.mse_loss(reconstruction, images)
+            normalized = functional.mse_loss(self._normalize(reconstruction), self._normalize(images))
+            return (1 - self.alpha) * pixels + self.alpha * normalized
 
     def _normalize(self, images: Tensor) -> Tensor:
         """Normalise patches, ``(B, 3, H, W) -> (B, 3 * K * K, h, w)``."""

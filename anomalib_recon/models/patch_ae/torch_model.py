@@ -6,10 +6,10 @@ Example:
     >>> import torch
     >>> from anomalib_recon.models.patch_ae.torch_model import PatchAEModel
     >>> model = PatchAEModel(backbone="resnet18", pre_trained=False, image_size=(64, 64)).eval()
-    >>> features = model.encode(torch.rand(1, 3, 64, 64))
-    >>> features.shape
+    >>> codes = model.embed(torch.rand(1, 3, 64, 64))
+    >>> codes.shape
     torch.Size([1, 512, 8, 8])
-    >>> model.decode(features).shape
+    >>> model.reconstruct(codes).shape
     torch.Size([1, 3, 64, 64])
 
 Paper:
@@ -22,10 +22,15 @@ from typing import Any, Literal
 import torch
 from anomalib.data import InferenceBatch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from anomalib_recon.models.components import BackboneNormalize, check_whole, create_backbone, stage_strides
-from anomalib_recon.pre_processing import AntialiasResize
+from anomalib_recon.layers import (
+    AntialiasResize,
+    BackboneNormalize,
+    FeatureScale,
+    check_whole,
+    create_backbone,
+    stage_strides,
+)
 
 from .anomaly_map import AnomalyMapGenerator
 from .normal_bank import NormalBank
@@ -41,7 +46,7 @@ class PatchAEModel(nn.Module):
     """Auto-encoder of patches whose features are compared with those of normal images.
 
     The backbone stays in eval mode: the statistics of its batch normalisation are those of its weights. Its stages are
-    standardised by statistics that are learned in training.
+    standardised by the statistics of normal images (``scale``).
 
     Args:
         backbone (str): CNN of timm, with or without the tag of its weights; its last four stages are used.
@@ -55,7 +60,8 @@ class PatchAEModel(nn.Module):
         patch_size (int): Side of a patch in pixels; the grid has h = H / patch_size rows and w = W / patch_size
             columns.
             Defaults to ``8``.
-        embed_dim (int): Width D of the vectors.
+        embed_dim (int | None): Width D of the vectors. ``None`` leaves the projection out: the vectors are those of the
+            concatenated stages.
             Defaults to ``512``.
         trained_stages (int): Number of stages that are trained, counted from the last one. With all four, what comes
             before them is trained, too; with 0 the backbone stays as it is.
@@ -63,8 +69,8 @@ class PatchAEModel(nn.Module):
         patch_wise (bool): Decode each vector alone. Otherwise the decoder has 3 x 3 convolutions in place of the
             1 x 1 (ablation).
             Defaults to ``True``.
-        score_by (Literal["features", "stages", "reconstruction"]): Distance of the vectors to the normal ones, the same
-            for the concatenated stages they are made from, or error of the reconstruction, without a bank (ablations).
+        score_by (Literal["features", "reconstruction"]): Distance of the vectors to the normal ones, or error of the
+            reconstruction, without a bank (ablation).
             Defaults to ``"features"``.
         sigma (float): Standard deviation of the Gaussian that smooths the map, in pixels; 0 stands for none.
             Defaults to ``4.0``.
@@ -83,15 +89,17 @@ class PatchAEModel(nn.Module):
         backbone_weights: str | Path | None = None,
         image_size: tuple[int, int] = (256, 256),
         patch_size: int = 8,
-        embed_dim: int = 512,
+        embed_dim: int | None = 512,
         trained_stages: int = 1,
         patch_wise: bool = True,
-        score_by: Literal["features", "stages", "reconstruction"] = "features",
+        score_by: Literal["features", "reconstruction"] = "features",
         sigma: float = 4.0,
         vectors_per_chunk: int = 4096,
     ) -> None:
         super().__init__()
-        check_whole(patch_size=patch_size, embed_dim=embed_dim, vectors_per_chunk=vectors_per_chunk)
+        check_whole(
+            patch_size=patch_size, embed_dim=1 if embed_dim is None else embed_dim, vectors_per_chunk=vectors_per_chunk
+        )
         _check_arguments(image_size, patch_size, trained_stages, score_by)
         num_stages = len(stage_strides(backbone))
         if num_stages < NUM_STAGES:
@@ -111,12 +119,15 @@ class PatchAEModel(nn.Module):
         self.num_patches = rows * columns
         self.resize = AntialiasResize((rows, columns))
         num_channels = sum(self.backbone.feature_info.channels())
-        self.standardize = nn.BatchNorm2d(num_channels, affine=False)
-        self.project = nn.Sequential(
-            nn.Conv2d(num_channels, embed_dim, kernel_size=1),
-            nn.GELU(),
-            nn.Conv2d(embed_dim, embed_dim, kernel_size=1),
-        )
+        self.scale = FeatureScale(self.backbone.feature_info.channels(), by="channel")
+        self.project = nn.Sequential()
+        if embed_dim is not None:
+            self.project = nn.Sequential(
+                nn.Conv2d(num_channels, embed_dim, kernel_size=1),
+                nn.GELU(),
+                nn.Conv2d(embed_dim, embed_dim, kernel_size=1),
+            )
+        embed_dim = embed_dim or num_channels
         kernel_size, padding = (1, 0) if patch_wise else (3, 1)
         self.decoder = nn.Sequential(
             nn.GELU(),
@@ -125,7 +136,7 @@ class PatchAEModel(nn.Module):
             nn.Conv2d(embed_dim, NUM_CHANNELS * patch_size**2, kernel_size, padding=padding),
             nn.PixelShuffle(patch_size),
         )
-        self.whitening = Whitening(num_channels if score_by == "stages" else embed_dim)
+        self.whitening = Whitening(embed_dim)
         self.bank = NormalBank(vectors_per_chunk)
         self.anomaly_map_generator = AnomalyMapGenerator(sigma)
         if 4 * sigma + 0.5 >= min(image_size):  # the filter reaches so far, and reflects what is inside
@@ -140,7 +151,7 @@ class PatchAEModel(nn.Module):
         return self
 
     def extract_stages(self, images: Tensor) -> Tensor:
-        """Resize the feature maps of the four stages to the grid, concatenate and standardise them.
+        """Resize the feature maps of the four stages to the grid and concatenate them.
 
         Args:
             images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
@@ -159,66 +170,35 @@ class PatchAEModel(nn.Module):
             raise ValueError(msg)
         stages = self.backbone(self.normalize(images))
         with torch.autocast(images.device.type, enabled=False):
-            return self.standardize(torch.cat([self.resize(stage.float()) for stage in stages], dim=1))
+            return torch.cat([self.resize(stage.float()) for stage in stages], dim=1)
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Encode each patch of images in one vector.
+    def embed(self, images: Tensor) -> Tensor:
+        """Encode each patch of images in one vector, its code.
 
         Args:
             images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
 
         Returns:
-            Tensor: Features of shape ``(B, D, h, w)``.
+            Tensor: Codes of shape ``(B, D, h, w)``.
         """
-        return self.project(self.extract_stages(images))
+        return self.project(self.scale(self.extract_stages(images)))
 
-    def decode(self, features: Tensor) -> Tensor:
-        """Rebuild each patch from its vector.
+    def reconstruct(self, codes: Tensor) -> Tensor:
+        """Rebuild each patch from its code.
 
         Args:
-            features (Tensor): Features of shape ``(B, D, h, w)``.
+            codes (Tensor): Codes of shape ``(B, D, h, w)``.
 
         Returns:
             Tensor: Images of shape ``(B, 3, H, W)``, not limited to [0, 1].
         """
-        return self.decoder(features)
+        return self.decoder(codes)
 
-    def extract_scored(self, images: Tensor) -> Tensor:
-        """Compute the features that are compared with the normal ones, before they are whitened.
-
-        Args:
-            images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
-
-        Returns:
-            Tensor: Features of shape ``(B, D, h, w)``, or ``(B, C, h, w)`` of the concatenated stages.
-        """
-        return self.encode(images) if self.score_by == "features" else self.extract_stages(images)
-
-    def reconstruct_and_score(self, images: Tensor) -> tuple[Tensor, InferenceBatch]:
-        """Rebuild and score images.
+    def compare(self, codes: Tensor) -> InferenceBatch:
+        """Compare codes with those of normal images, the bank.
 
         Args:
-            images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
-
-        Returns:
-            tuple[Tensor, InferenceBatch]: Reconstruction of shape ``(B, 3, H, W)``, and what :meth:`forward` returns.
-        """
-        stages = self.extract_stages(images)
-        features = self.project(stages)
-        reconstruction = self.decode(features).float()
-        with torch.autocast(images.device.type, enabled=False):
-            if self.score_by == "reconstruction":
-                scores = functional.mse_loss(reconstruction, images, reduction="none").mean(dim=1, keepdim=True)
-            else:
-                scores = self.bank(self.whitening(features.float() if self.score_by == "features" else stages))
-            anomaly_map = self.anomaly_map_generator(scores, self.image_size)
-        return reconstruction, InferenceBatch(pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map)
-
-    def forward(self, images: Tensor) -> InferenceBatch:
-        """Score images.
-
-        Args:
-            images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
+            codes (Tensor): Codes of shape ``(B, D, h, w)``.
 
         Returns:
             InferenceBatch: ``pred_score`` of shape ``(B,)``, the maximum of ``anomaly_map`` of shape
@@ -227,7 +207,28 @@ class PatchAEModel(nn.Module):
         Raises:
             RuntimeError: If there are no normal features to compare with.
         """
-        return self.reconstruct_and_score(images)[1]
+        with torch.autocast(codes.device.type, enabled=False):
+            return self._map(self.bank(self.whitening(codes.float())))
+
+    def compare_pixels(self, images: Tensor, reconstruction: Tensor) -> InferenceBatch:
+        """Compare images of shape ``(B, 3, H, W)`` with their reconstruction (ablation); see :meth:`compare`."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self._map((images - reconstruction.float()).square().mean(dim=1, keepdim=True))
+
+    def _map(self, scores: Tensor) -> InferenceBatch:
+        anomaly_map = self.anomaly_map_generator(scores, self.image_size)
+        return InferenceBatch(pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map)
+
+    def picture(self, reconstruction: Tensor) -> Tensor:
+        """Limit reconstructed images to [0, 1]."""
+        return reconstruction.float().clamp(0, 1)
+
+    def forward(self, images: Tensor) -> InferenceBatch:
+        """Score images of shape ``(B, 3, H, W)`` with values in [0, 1]; see :meth:`compare`."""
+        codes = self.embed(images)
+        if self.score_by == "features":
+            return self.compare(codes)
+        return self.compare_pixels(images, self.reconstruct(codes))
 
 
 def _freeze(backbone: Any, stage: int) -> None:
@@ -249,6 +250,6 @@ def _check_arguments(image_size: tuple[int, int], patch_size: int, trained_stage
     if trained_stages not in range(NUM_STAGES + 1):
         msg = f"trained_stages must be from 0 to {NUM_STAGES}, got {trained_stages}."
         raise ValueError(msg)
-    if score_by not in {"features", "stages", "reconstruction"}:
-        msg = f"score_by must be 'features', 'stages' or 'reconstruction', got {score_by!r}."
+    if score_by not in {"features", "reconstruction"}:
+        msg = f"score_by must be 'features' or 'reconstruction', got {score_by!r}."
         raise ValueError(msg)

@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from anomalib_recon.layers import FeatureCovariance
+
 # Share of the mean variance that is added to every variance: directions in which normal features hardly vary at all
 # must not outweigh all others by their noise.
 SHRINKAGE = 0.01
 # least variance, for features that are constant
 MIN_VARIANCE = 1e-12
+VECTORS_PER_PART = 2**16
 
 
 class Whitening(nn.Module):
@@ -43,14 +46,25 @@ class Whitening(nn.Module):
     def fit(self, vectors: Tensor) -> None:
         """Set the map by mean and covariance of normal features.
 
+        Two matrices of C x C numbers in double precision are on the CPU, and a few in single precision beside the
+        vectors.
+
         Args:
             vectors (Tensor): Normal features of shape ``(M, C)``, at least two.
         """
-        self.mean = vectors.double().mean(dim=0).float()[:, None, None]
-        covariance = torch.cov(vectors.T).double()
+        sums = FeatureCovariance(vectors.shape[1])
+        for part in vectors.split(VECTORS_PER_PART):
+            sums.update(part.T[None, :, :, None])
+        mean, covariance = sums.mean(), sums.covariance()
         covariance.diagonal().add_((SHRINKAGE * covariance.diagonal().mean()).clamp(min=MIN_VARIANCE))
-        identity = torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
-        self.matrix = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), identity, upper=False).float()
+        identity = torch.eye(len(covariance), dtype=covariance.dtype)
+        matrix = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), identity, upper=False)
+        self.mean = mean.to(vectors)[:, None, None]
+        self.matrix = matrix.to(vectors)
+
+    def whiten(self, vectors: Tensor) -> Tensor:
+        """Whiten vectors of shape ``(M, C)``."""
+        return functional.linear(vectors - self.mean.flatten(), self.matrix)
 
     def forward(self, features: Tensor) -> Tensor:
         """Whiten features.

@@ -22,6 +22,16 @@ def _unit(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, kernel_size=1), nn.BatchNorm2d(out_channels), nn.ReLU())
 
 
+class DecoderLayer(nn.TransformerDecoderLayer):
+    """torch's decoder layer without dropout, which takes one query for all images and attends to it once."""
+
+    def forward(self, query: Tensor, encoded: Tensor) -> Tensor:  # type: ignore[override]
+        """Decode a query of shape ``(1, N, E)`` or ``(B, N, E)`` with the encoder's ``(B, N, E)``, to ``(B, N, E)``."""
+        query = self.norm1(query + self.self_attn(query, query, query, need_weights=False)[0]).expand_as(encoded)
+        query = self.norm2(query + self.multihead_attn(query, encoded, encoded, need_weights=False)[0])
+        return self.norm3(query + self.linear2(self.activation(self.linear1(query))))
+
+
 class LatentTransformer(nn.Module):
     """Transformer encoder and decoder on the patches of a latent map (figure 2).
 
@@ -43,7 +53,7 @@ class LatentTransformer(nn.Module):
         self.patch_grid = (grid_size[0] // patch_size, grid_size[1] // patch_size)
         # a stride of the kernel's size makes it the linear projection of the flattened patches
         self.patch_embedding = nn.Conv2d(latent_dim, embed_dim, kernel_size=patch_size, stride=patch_size)
-        self.position = nn.Parameter(torch.empty(1, math.prod(self.patch_grid), embed_dim))
+        self.position_embedding = nn.Parameter(torch.empty(1, math.prod(self.patch_grid), embed_dim))
         self.query = nn.Parameter(torch.empty(1, math.prod(self.patch_grid), embed_dim))
         layer: dict[str, Any] = {
             "d_model": embed_dim,
@@ -53,9 +63,9 @@ class LatentTransformer(nn.Module):
             "batch_first": True,
         }
         self.encoder = nn.ModuleList(nn.TransformerEncoderLayer(**layer) for _ in range(depth))
-        self.decoder = nn.ModuleList(nn.TransformerDecoderLayer(**layer) for _ in range(depth))
+        self.decoder = nn.ModuleList(DecoderLayer(**layer) for _ in range(depth))
         self.projection = nn.ConvTranspose2d(embed_dim, latent_dim, kernel_size=patch_size, stride=patch_size)
-        for embedding in (self.position, self.query):
+        for embedding in (self.position_embedding, self.query):
             nn.init.normal_(embedding, std=0.02)
 
     def forward(self, latent: Tensor) -> Tensor:
@@ -67,10 +77,10 @@ class LatentTransformer(nn.Module):
         Returns:
             Tensor: Latent map of the same shape.
         """
-        encoded = self.patch_embedding(latent).flatten(2).transpose(1, 2) + self.position  # (B, N, E)
+        encoded = self.patch_embedding(latent).flatten(2).transpose(1, 2) + self.position_embedding  # (B, N, E)
         for layer in self.encoder:
             encoded = layer(encoded)
-        decoded = (self.query + self.position).expand_as(encoded)
+        decoded = self.query + self.position_embedding
         for layer in self.decoder:
             decoded = layer(decoded, encoded)
         return self.projection(decoded.transpose(1, 2).unflatten(2, self.patch_grid))

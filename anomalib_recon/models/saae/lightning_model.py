@@ -17,67 +17,30 @@ See Also:
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from anomalib import LearningType
-from anomalib.data import Batch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning.pytorch import Callback
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
-from torchvision.transforms.v2 import Resize
-from tqdm.auto import tqdm
 
-from anomalib_recon.metrics import RawScoreEvaluator
-from anomalib_recon.models.components import (
-    BackboneInCheckpoint,
-    CachedBatch,
-    CurrentOpsetExport,
-    FeatureCache,
-    ValidationAtEnd,
-    check_finite,
-    check_training_files,
-    guards,
-    load_images,
-    normal_training_set,
-    refuse_normalize,
-    refuse_other_networks,
-    resolve_image_size,
-)
-from anomalib_recon.pre_processing import ExactResizePreProcessor
+from anomalib_recon.layers import FeatureCovariance, check_finite, check_positive
+from anomalib_recon.models.base import ReconstructionModule
+from anomalib_recon.training import FeatureCache
 
 from .anomaly_map import Distance
-from .latent_size import FeatureCovariance
 from .loss import SAAELoss
 from .torch_model import DEFAULT_BACKBONE, DEFAULT_IMAGE_SIZE, SAAEModel
 
 logger = logging.getLogger(__name__)
 
-# a pre-processor with a smaller size does not set the image size of the model
-MIN_IMAGE_SIZE = 16
-# arguments that a checkpoint and the model it is loaded into must share
-NETWORK_ARGUMENTS = (
-    "backbone",
-    "layers",
-    "image_size",
-    "feature_stride",
-    "patch_size",
-    "num_heads",
-    "depth",
-    "mlp_ratio",
-    "transformer",
-    "distance",
-)
 
-
-class SAAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: ignore[misc]  # to_onnx as anomalib's
+class SAAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_onnx as anomalib's
     """Self-attention autoencoder, trained to reconstruct a frozen backbone's features of normal images.
 
     Before training, the latent width V is found by a principal component analysis of the features of all training
@@ -143,6 +106,9 @@ class SAAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         ConnectionError: If the backbone's weights can be had neither from the local cache nor from the network.
     """
 
+    network = SAAEModel
+    default_image_size = DEFAULT_IMAGE_SIZE
+    free_arguments = ("latent_dim",)
     first_own_weight = "model.autoencoder.conv_encoder.0.0.weight"
 
     def __init__(
@@ -168,98 +134,39 @@ class SAAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        # assigned before the arguments are saved as hyper-parameters, which are plain data
-        given_size, image_size = image_size, resolve_image_size(image_size, pre_processor, DEFAULT_IMAGE_SIZE)
-        if given_size is None and min(image_size) < MIN_IMAGE_SIZE:
-            # anomalib's tiled ensemble builds a model for 10 x 10 pixels only to ask for its evaluator
-            image_size = DEFAULT_IMAGE_SIZE
-        layers = None if layers is None else list(layers)
-        backbone_weights = backbone_weights and str(backbone_weights)
-        refuse_normalize(pre_processor)
-        if pre_processor is True:
-            pre_processor = self.configure_pre_processor(image_size)
+        image_size = self.find_image_size(image_size, pre_processor)  # before it is saved as a hyper-parameter
         super().__init__(
-            pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
+            pre_processor=self.make_pre_processor(pre_processor, image_size),
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
         )
-        check_finite(learning_rate=learning_rate, explained_variance=explained_variance)
-        if learning_rate <= 0:
-            msg = f"learning_rate must be positive, got {learning_rate}."
-            raise ValueError(msg)
+        check_positive(learning_rate=learning_rate)
+        check_finite(explained_variance=explained_variance)
         if not 0 < explained_variance <= 1:
             msg = f"explained_variance must be above 0 and at most 1, got {explained_variance}."
             raise ValueError(msg)
-
-        self.model: SAAEModel = SAAEModel(
-            backbone=backbone,
-            layers=layers,
-            pre_trained=pre_trained,
-            backbone_weights=backbone_weights,
-            image_size=image_size,
-            feature_stride=feature_stride,
-            latent_dim=latent_dim,
-            patch_size=patch_size,
-            num_heads=num_heads,
-            depth=depth,
-            mlp_ratio=mlp_ratio,
-            transformer=transformer,
-            distance=distance,
-        )
+        self.model: SAAEModel = self.build_network()
         self.loss = SAAELoss(distance)
         self.explained_variance = explained_variance
         self.learning_rate = learning_rate
+        self.feature_cache = FeatureCache(feature_cache_gib)
         self._given_latent_dim = latent_dim
-        self._feature_cache = FeatureCache(feature_cache_gib)
 
-    def setup(self, stage: str) -> None:
-        """Look at the image files and find the latent width before training.
-
-        Lightning loads the checkpoint of a resumed run after this, and with it the run's own latent width.
+    def start(self, features: Iterable[Tensor]) -> None:
+        """Find V from the features of all training images, unless it is given.
 
         Args:
-            stage (str): ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
-
-        Raises:
-            ValueError: If an image cannot be used, the training images are not all normal, or there is no datamodule
-                to find the latent width with.
+            features (Iterable[Tensor]): Features of shape ``(b, U, H_0, W_0)``.
         """
-        if stage != "fit":
+        if self.model.autoencoder is not None:
             return
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if datamodule:
-            check_training_files(datamodule)
-            if anomalous := int((datamodule.train_data.samples.label_index == 1).sum()):
-                msg = f"SAAE trains on normal images alone, but {anomalous} training images are not; leave them out."
-                raise ValueError(msg)
-        if self.model.autoencoder is None:
-            if datamodule is None:
-                msg = "latent_dim must be given when training without a datamodule; pass it, or a datamodule."
-                raise ValueError(msg)
-            self._build_autoencoder(self._find_latent_dim(datamodule))
-
-    @torch.no_grad()
-    def _find_latent_dim(self, datamodule: Any) -> int:
-        """Find V from the features of all training images, shared among the processes."""
-        strategy = self.trainer.strategy
-        model = self.model.to(strategy.root_device)
-        transform = getattr(self.pre_processor, "transform", None)
-        dataset = normal_training_set(datamodule.train_data)
-        share = range(self.global_rank, len(dataset), self.trainer.world_size)
-        covariance = FeatureCovariance(model.feature_extractor.num_channels, strategy.root_device)
-        batches = load_images(dataset, share, datamodule.train_dataloader())
-        for images in tqdm(batches, "Batches for the PCA", delay=10, leave=False, disable=self.global_rank > 0):
-            on_device = images.to(strategy.root_device)
-            covariance.update(model.extract_features(transform(on_device) if transform else on_device))
-        covariance.reduce(lambda tensor: strategy.reduce(tensor, reduce_op="sum"))
-        latent_dim = strategy.broadcast(covariance.num_components(self.explained_variance))
-        logger.info(
-            "%d of %d principal components hold %g of the variance of %d images' features: latent_dim=%d.",
-            latent_dim,
-            model.feature_extractor.num_channels,
-            self.explained_variance,
-            len(dataset),
-            latent_dim,
-        )
-        return latent_dim
+        covariance = FeatureCovariance(self.model.backbone.num_channels)
+        for batch in features:
+            covariance.update(batch)
+        latent_dim = covariance.num_components(self.explained_variance)
+        logger.info("%d principal components hold %g of the variance.", latent_dim, self.explained_variance)
+        self._build_autoencoder(latent_dim)
 
     def _build_autoencoder(self, latent_dim: int) -> None:
         """Build the autoencoder, and let checkpoints know its size."""
@@ -267,56 +174,15 @@ class SAAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         self.hparams["latent_dim"] = latent_dim
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam, as in section 4.1."""
-        return torch.optim.Adam(cast("torch.nn.Module", self.model.autoencoder).parameters(), lr=self.learning_rate)
+        """Adam, as in section 4.1.
 
-    def configure_callbacks(self) -> Sequence[Callback]:
-        """Anomalib's components, validation at the end, features computed once, and the guards of all models."""
-        callbacks = cast("Sequence[Callback]", super().configure_callbacks())
-        return [*callbacks, ValidationAtEnd(), self._feature_cache, *guards()]
-
-    def features_and_targets(self, batch: Batch) -> tuple[Tensor]:
-        """Compute what the loss needs of a training batch; there are no targets.
-
-        Args:
-            batch (Batch): Batch of B pre-processed images.
-
-        Returns:
-            tuple[Tensor]: Features of shape ``(B, U, H_0, W_0)``.
+        Raises:
+            ValueError: If there is no autoencoder, as nobody has looked for its latent width.
         """
-        return (self.model.extract_features(cast("Tensor", batch.image)),)
-
-    def training_step(self, batch: Batch | CachedBatch, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the loss of a batch of images.
-
-        Args:
-            batch (Batch | CachedBatch): Batch of pre-processed images, or their features.
-            *args (Any): Not used.
-            **kwargs (Any): Not used.
-
-        Returns:
-            Tensor: Loss, a scalar.
-        """
-        del args, kwargs
-        (features,) = batch.inputs if isinstance(batch, CachedBatch) else self.features_and_targets(batch)
-        loss = self.loss(features, self.model.reconstruct(features))
-        self.log("train_loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(features))
-        return loss
-
-    def validation_step(self, batch: Batch, batch_idx: int, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Score a batch of images.
-
-        Args:
-            batch (Batch): Batch of B pre-processed images.
-            batch_idx (int): Not used.
-            *args (Any): Not used.
-            **kwargs (Any): Not used.
-
-        Returns:
-            STEP_OUTPUT: The batch with ``pred_score`` and ``anomaly_map``.
-        """
-        del batch_idx, args, kwargs
-        return batch.update(**self.model(batch.image)._asdict())
+        if self.model.autoencoder is None:
+            msg = "latent_dim must be given when training without a datamodule; pass it, or a datamodule."
+            raise ValueError(msg)
+        return torch.optim.Adam(self.model.autoencoder.parameters(), lr=self.learning_rate)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the autoencoder whose weights the checkpoint holds.
@@ -327,37 +193,14 @@ class SAAE(CurrentOpsetExport, BackboneInCheckpoint, AnomalibModule):  # type: i
         Raises:
             ValueError: If it is of another model, or of a network with other arguments.
         """
-        names = NETWORK_ARGUMENTS if self._given_latent_dim is None else (*NETWORK_ARGUMENTS, "latent_dim")
-        refuse_other_networks(checkpoint, "SAAE", self.hparams, names)
-        super().on_load_checkpoint(checkpoint)
+        self.refuse_other_networks(checkpoint)
         latent_dim = checkpoint["hyper_parameters"]["latent_dim"]
+        if self._given_latent_dim not in {None, latent_dim}:
+            msg = (
+                f"The checkpoint needs a model with latent_dim={latent_dim} (not {self._given_latent_dim}); pass it, as "
+                "in --model.latent_dim, or use SAAE.load_from_checkpoint."
+            )
+            raise ValueError(msg)
         if latent_dim is not None and latent_dim != self.hparams["latent_dim"]:
             self._build_autoencoder(latent_dim)
-
-    @staticmethod
-    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
-        """Resize images; their values stay in [0, 1], as the model itself normalises them.
-
-        Args:
-            image_size (tuple[int, int] | None): Height and width.
-                Defaults to ``None``, which means 384 x 384.
-
-        Returns:
-            PreProcessor: Pre-processor.
-        """
-        return ExactResizePreProcessor(Resize(image_size or DEFAULT_IMAGE_SIZE, antialias=True))
-
-    @staticmethod
-    def configure_evaluator() -> RawScoreEvaluator:
-        """Image and pixel AUROC and F1 score, and pixel AUPRO up to a false-positive rate of 0.3, on raw scores."""
-        return RawScoreEvaluator()
-
-    @property
-    def trainer_arguments(self) -> dict[str, Any]:
-        """None: the paper's 700 epochs are in the configuration files, where a user's flags win."""
-        return {}
-
-    @property
-    def learning_type(self) -> LearningType:
-        """One-class: trained on normal images."""
-        return LearningType.ONE_CLASS
+        super().on_load_checkpoint(checkpoint)

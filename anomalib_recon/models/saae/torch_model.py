@@ -6,7 +6,7 @@ Example:
     >>> import torch
     >>> from anomalib_recon.models.saae.torch_model import SAAEModel
     >>> model = SAAEModel("vit_tiny_patch16_224", pre_trained=False, image_size=(64, 64), latent_dim=20).eval()
-    >>> features = model.extract_features(torch.rand(1, 3, 64, 64))
+    >>> features = model.embed(torch.rand(1, 3, 64, 64))
     >>> features.shape, model.reconstruct(features).shape
     (torch.Size([1, 960, 4, 4]), torch.Size([1, 960, 4, 4]))
 
@@ -24,11 +24,10 @@ from typing import Any
 from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 
-from anomalib_recon.models.components import check_whole
+from anomalib_recon.layers import check_whole, create_dense_features
 
 from .anomaly_map import AnomalyMapGenerator, Distance
 from .autoencoder import SelfAttentionAutoencoder
-from .features import create_feature_extractor
 
 DEFAULT_BACKBONE = "vit_base_patch16_384.augreg_in21k_ft_in1k"
 DEFAULT_IMAGE_SIZE = (384, 384)
@@ -100,10 +99,10 @@ class SAAEModel(nn.Module):
             msg = f"distance must be 'norm' or 'mse', got {distance!r}."
             raise ValueError(msg)
         self.image_size = image_size
-        self.feature_extractor = create_feature_extractor(
+        self.backbone = create_dense_features(
             backbone, layers, image_size, feature_stride, pre_trained, backbone_weights
         )
-        rows, cols = self.feature_extractor.grid_size
+        rows, cols = self.backbone.grid_size
         if rows % patch_size or cols % patch_size:
             msg = f"patch_size must divide the feature map of {rows} x {cols} cells, got {patch_size}."
             raise ValueError(msg)
@@ -120,27 +119,13 @@ class SAAEModel(nn.Module):
             latent_dim (int): Latent width V.
         """
         self.autoencoder = SelfAttentionAutoencoder(
-            num_channels=self.feature_extractor.num_channels,
+            num_channels=self.backbone.num_channels,
             latent_dim=latent_dim,
-            grid_size=self.feature_extractor.grid_size,
+            grid_size=self.backbone.grid_size,
             **self._autoencoder_arguments,
         )
 
-    def forward(self, images: Tensor) -> InferenceBatch:
-        """Score images by how their features differ from the reconstruction (section 3.3).
-
-        Args:
-            images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
-
-        Returns:
-            InferenceBatch: ``anomaly_map`` of shape ``(B, 1, H, W)`` and its maximum as ``pred_score`` of shape
-                ``(B,)``, both not negative and without an upper limit.
-        """
-        features = self.extract_features(images)
-        anomaly_map = self.anomaly_map_generator(features, self.reconstruct(features))
-        return InferenceBatch(pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map)
-
-    def extract_features(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor) -> Tensor:
         """Compute the stacked feature maps f of the backbone (eq. 1).
 
         Args:
@@ -158,7 +143,7 @@ class SAAEModel(nn.Module):
                 f"{tuple(images.shape)}; resize them or build the model with their image_size."
             )
             raise ValueError(msg)
-        return self.feature_extractor(images)
+        return self.backbone(images)
 
     def reconstruct(self, features: Tensor) -> Tensor:
         """Reconstruct features (section 3.2).
@@ -176,3 +161,22 @@ class SAAEModel(nn.Module):
             msg = "latent_dim is not known before training; pass it, train the model, or load a checkpoint."
             raise ValueError(msg)
         return self.autoencoder(features)
+
+    def compare(self, features: Tensor, reconstruction: Tensor) -> InferenceBatch:
+        """Compare features with their reconstruction (section 3.3).
+
+        Args:
+            features (Tensor): Features f of shape ``(B, U, H_0, W_0)``.
+            reconstruction (Tensor): Their reconstruction, of the same shape.
+
+        Returns:
+            InferenceBatch: ``anomaly_map`` of shape ``(B, 1, H, W)`` and its maximum as ``pred_score`` of shape
+                ``(B,)``, both not negative and without an upper limit.
+        """
+        anomaly_map = self.anomaly_map_generator(features, reconstruction)
+        return InferenceBatch(pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map)
+
+    def forward(self, images: Tensor) -> InferenceBatch:
+        """Score images of shape ``(B, 3, H, W)`` with values in [0, 1]; see :meth:`compare`."""
+        features = self.embed(images)
+        return self.compare(features, self.reconstruct(features))

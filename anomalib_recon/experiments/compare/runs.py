@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Train, test, export and time each model of a comparison on each data set."""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from anomalib.cli.cli import AnomalibCLI
+from anomalib.deploy import ExportType
+from anomalib.post_processing import PostProcessor
+
+from anomalib_recon.experiments.training import (
+    Trained,
+    check_settings,
+    hardware,
+    read_json,
+    train,
+    write_json,
+)
+from anomalib_recon.files import write_whole
+from anomalib_recon.metrics import RawScoreEvaluator
+
+from .formats import measure_formats
+from .plots import cases
+from .scores import Scores, openvino_megabytes, openvino_milliseconds, score, torch_milliseconds
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model on one data set.
+
+    Attributes:
+        model (str): Name of the model in the comparison.
+        data (str): Name of the data set in the comparison.
+        config (Mapping[str, Any]): Config of ``anomalib train``: ``model``, ``data`` and ``trainer``.
+        arguments (Sequence[str]): Further arguments of ``anomalib train``.
+        seed (int): Seed of the training.
+        folder (Path): Folder of this run alone.
+        formats (bool): Measure every format of the export, too.
+    """
+
+    model: str
+    data: str
+    config: Mapping[str, Any]
+    arguments: Sequence[str]
+    seed: int
+    folder: Path
+    formats: bool
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """Its result, or ``None`` if it has not been finished."""
+        return read_json(self.folder / "result.json")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the result depends on."""
+        return {
+            "config": dict(self.config),
+            "arguments": list(self.arguments),
+            "seed": self.seed,
+            "formats": self.formats,
+        }
+
+    def check(self) -> None:
+        """Refuse a folder whose run was started with other settings.
+
+        Raises:
+            ValueError: If it was.
+        """
+        check_settings(self.folder, self.settings)
+
+    def run(self) -> None:
+        """Train and measure the model unless that has been done; an interrupted training continues.
+
+        Leaves ``result.json``, ``scores.npz``, ``cases.png`` and the exported model in the folder, and ``formats.json``
+        if formats are measured.
+        """
+        if self.result is not None:
+            return
+        print(f"\n{self.model} on {self.data}", flush=True)
+        write_json(self.folder / "settings.json", self.settings)
+        config = self.folder / "config.yaml"
+        write_whole(config, yaml.safe_dump(dict(self.config), sort_keys=False).encode())
+        trained = train(["--config", str(config), *self.arguments], self.folder, self.seed, _prepare)
+        write_json(self.folder / "result.json", self._measure(trained))
+
+    def _measure(self, trained: Trained) -> dict[str, Any]:
+        scores, maps, masks = score(trained)  # before the test, which takes the training's data from the trainer
+        [metrics] = trained.engine.test(trained.model, datamodule=trained.datamodule)
+        threshold = cast("PostProcessor", trained.model.post_processor).image_threshold.item()
+        write_whole(self.folder / "scores.npz", scores.to_bytes())
+        write_whole(self.folder / "cases.png", cases(scores, maps, masks, threshold))
+        device = trained.engine.trainer.strategy.root_device
+        return {
+            **metrics,
+            "threshold": threshold,
+            "torch_ms": torch_milliseconds(trained.model, scores.paths, device),
+            **(
+                self._measure_formats(trained, scores)
+                if self.formats
+                else _measure_export(trained, self.folder, scores)
+            ),
+            "training_seconds": trained.seconds,
+            "seed": self.seed,
+            "hardware": hardware(trained.engine.trainer),
+        }
+
+    def _measure_formats(self, trained: Trained, scores: Scores) -> dict[str, float | None]:
+        fp32 = measure_formats(trained, scores, self.folder)["fp32"]
+        return {"openvino_ms": fp32.get("milliseconds"), "openvino_mb": fp32.get("mb")}
+
+
+def _prepare(cli: AnomalibCLI) -> None:
+    devices = cli.config["train"]["trainer"]["devices"]
+    if str(devices) != "1" and not (isinstance(devices, list) and len(devices) == 1):
+        msg = f"--trainer.devices {devices}: models are compared on one device; name one, such as [0]."
+        raise ValueError(msg)
+    cli.model.evaluator = RawScoreEvaluator()
+    cli.model.visualizer = None  # the report has its own pictures
+
+
+def _measure_export(trained: Trained, folder: Path, scores: Scores) -> dict[str, float | None]:
+    trained.model.cpu()
+    try:
+        exported = trained.engine.export(trained.model, ExportType.OPENVINO, export_root=folder)
+        assert exported is not None
+        milliseconds = openvino_milliseconds(exported, scores.paths)
+    except Exception:  # whatever keeps one model from being exported, the others are still to be compared
+        logger.exception("The model cannot be exported to OpenVINO or not be run there; its report goes without.")
+        return {"openvino_ms": None, "openvino_mb": None}
+    return {"openvino_ms": milliseconds, "openvino_mb": openvino_megabytes(exported)}
+
+
+def read_runs(config: Path, output: Path, arguments: Sequence[str] = ()) -> list[Run]:
+    """Read a comparison.
+
+    Args:
+        config (Path): YAML file with ``seed``, ``models`` (for each name, ``model`` and ``trainer`` of a config of
+            ``anomalib train``) and ``datasets`` (for each name, its ``data``); ``formats: true`` measures every
+            format of the export.
+        output (Path): Folder of all results.
+        arguments (Sequence[str]): Further arguments of ``anomalib train`` for every run.
+
+    Returns:
+        list[Run]: Every model on every data set.
+
+    Raises:
+        ValueError: If the file lacks a part, or two names would share a folder.
+    """
+    content = yaml.safe_load(config.read_text())
+    lacking = [key for key in ("models", "datasets") if not content.get(key)]
+    if lacking:
+        msg = f"--config {config} has no {' and no '.join(lacking)}: see configs/compare/demo.yaml for the format."
+        raise ValueError(msg)
+    runs = [
+        Run(
+            model=model,
+            data=data,
+            config={**settings, "data": dataset},
+            arguments=arguments,
+            seed=content.get("seed", 0),
+            folder=output / _folder_name(data) / _folder_name(model),
+            formats=content.get("formats", False),
+        )
+        for data, dataset in content["datasets"].items()
+        for model, settings in content["models"].items()
+    ]
+    if len({run.folder for run in runs}) < len(runs):
+        msg = f"--config {config} has names that differ in punctuation alone: choose names that can be folders."
+        raise ValueError(msg)
+    return runs
+
+
+def _folder_name(name: str) -> str:
+    return re.sub(r"[^\w.+-]+", "_", name)

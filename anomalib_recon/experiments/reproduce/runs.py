@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Train the cells of a table: one method on one category each."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from anomalib_recon.config_files import config_path
+from anomalib_recon.experiments.training import check_settings, hardware, read_json, train, write_json
+
+from .table import Row, Table
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The trainings of a table.
+
+    Attributes:
+        table (Table): The table.
+        root (Path): Folder of the data set.
+        folder (Path): Folder of the results of this table.
+        arguments (Sequence[str]): Further arguments of ``anomalib train``.
+        seed (int): Seed of each training.
+    """
+
+    table: Table
+    root: Path
+    folder: Path
+    arguments: Sequence[str]
+    seed: int
+
+    def folder_of(self, row: Row, category: str) -> Path:
+        """Folder of a cell."""
+        return self.folder / row.name.replace(" ", "_") / category
+
+    def result(self, row: Row, category: str) -> dict[str, Any] | None:
+        """Result of a cell, or ``None`` if it has not been finished."""
+        return read_json(self.folder_of(row, category) / "result.json")
+
+    def check(self, row: Row, category: str) -> None:
+        """Refuse a cell that was trained with other settings, or that starts from one that was.
+
+        Raises:
+            ValueError: If it was.
+        """
+        if row.after:
+            self.check(self.table.rows[row.after], category)
+        check_settings(self.folder_of(row, category), self._settings(row, category))
+
+    def run(self, row: Row, category: str) -> dict[str, Any]:
+        """Train and test a cell, unless that has been done, and first the one it starts from.
+
+        Returns:
+            dict[str, Any]: The result: metrics in [0, 1], seconds of training, hardware, seed, checkpoint and
+            hyper-parameters.
+        """
+        start: dict[str, Any] = {}
+        if row.after:
+            first = self.table.rows[row.after]
+            start = self.run(first, category)
+            start["checkpoint"] = self.folder_of(first, category) / start["checkpoint"]
+        finished = self.result(row, category)
+        if finished is not None:
+            return finished
+
+        folder = self.folder_of(row, category)
+        print(f"\n{self.table.name}: {row.name} on {category}", flush=True)
+        write_json(folder / "settings.json", self._settings(row, category))
+        trained = train(self._arguments(row, category, start), folder, self.seed)
+        [metrics] = trained.engine.test(trained.model, datamodule=trained.datamodule)
+        checkpoint = Path(trained.engine.best_model_path or "").resolve().relative_to(folder.resolve())
+        plain = {key: value for key, value in trained.model.hparams.items() if isinstance(value, int | float | str)}
+        result = {
+            "metrics": metrics,
+            "training_seconds": trained.seconds,
+            "hardware": hardware(trained.engine.trainer),
+            "seed": self.seed,
+            "checkpoint": str(checkpoint),
+            "hyper_parameters": plain,
+        }
+        write_json(folder / "result.json", result)
+        return result
+
+    def _settings(self, row: Row, category: str) -> dict[str, Any]:
+        return {
+            "config": yaml.safe_load(config_path(row.config_for(category)).read_text()),
+            "overrides": self.table.overrides_of(row, category),
+            "arguments": list(self.arguments),
+            "seed": self.seed,
+        }
+
+    def _arguments(self, row: Row, category: str, start: dict[str, Any]) -> list[str]:
+        dataset = self.table.dataset
+        config = config_path(row.config_for(category))
+        arguments = ["--config", str(config)]
+        if "data" not in yaml.safe_load(config.read_text()):
+            arguments += ["--data", dataset.class_path]
+        arguments += [f"--data.root={self.root}", f"--{dataset.category_argument}={category}"]
+        known = {**start.get("hyper_parameters", {}), "checkpoint": start.get("checkpoint")}
+        for name, value in self.table.overrides_of(row, category).items():
+            text = value.format(**known) if isinstance(value, str) else json.dumps(value)
+            arguments.append(f"--{name}={text}")
+        return [*arguments, *self.arguments]

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Plain torch that several models share: backbones, their dense features, resize and checks of arguments."""
+
+from .arguments import check_finite, check_positive, check_whole
+from .backbone import BackboneNormalize, FrozenBackbone, create_backbone, stage_strides
+from .covariance import FeatureCovariance
+from .dense_features import create_dense_features
+from .feature_scale import FeatureScale, ScaleBy
+from .resize import AntialiasResize
+
+__all__ = [
+    "AntialiasResize",
+    "BackboneNormalize",
+    "FeatureCovariance",
+    "FeatureScale",
+    "FrozenBackbone",
+    "ScaleBy",
+    "check_finite",
+    "check_positive",
+    "check_whole",
+    "create_backbone",
+    "create_dense_features",
+    "stage_strides",
+]

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Arguments of models: numbers of the right kind, before their ranges are looked at."""
+
+import math
+
+
+def check_whole(**arguments: int) -> None:
+    """Refuse what is not a whole number of at least 1.
+
+    Args:
+        **arguments (int): Values by the names of the arguments.
+
+    Raises:
+        ValueError: If a value is not whole, or below 1.
+    """
+    for name, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            msg = f"{name} must be a whole number, got {value!r}."
+            raise ValueError(msg)
+        if value < 1:
+            msg = f"{name} must be at least 1, got {value}."
+            raise ValueError(msg)
+
+
+def check_finite(**arguments: float) -> None:
+    """Refuse what is not a finite number.
+
+    Args:
+        **arguments (float): Values by the names of the arguments.
+
+    Raises:
+        ValueError: If a value is not a number, NaN or infinite.
+    """
+    for name, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            msg = f"{name} must be a finite number, got {value!r}."
+            raise ValueError(msg)
+
+
+def check_positive(**arguments: float) -> None:
+    """Refuse what is not a finite number above 0.
+
+    Args:
+        **arguments (float): Values by the names of the arguments.
+
+    Raises:
+        ValueError: If a value is not a number, NaN, infinite, or not above 0.
+    """
+    check_finite(**arguments)
+    for name, value in arguments.items():
+        if value <= 0:
+            msg = f"{name} must be positive, got {value}."
+            raise ValueError(msg)

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What all models of this package do alike in anomalib.
+
+A model is a network in plain torch and a module that wires it to anomalib::
+
+    class MyModel(ReconstructionModule, AnomalibModule):
+        network = MyNetwork
+
+The network has the nouns of every reconstruction model: ``embed`` turns images into what is rebuilt, ``reconstruct``
+rebuilds it, ``compare`` makes score and map of the two, and ``forward`` is these three in a row. CONTRIBUTING.md shows
+a whole model.
+"""
+
+import inspect
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from anomalib import LearningType
+from anomalib.data import AnomalibDataset, Batch
+from anomalib.data.utils import LabelName
+from anomalib.pre_processing import PreProcessor
+from anomalib.utils.config import to_tuple
+from anomalib.visualization import ImageVisualizer
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor, nn
+from torchvision.transforms.v2 import Normalize, Resize
+
+from anomalib_recon.layers import check_whole
+from anomalib_recon.metrics import RawScoreEvaluator
+from anomalib_recon.pre_processing import ExactResizePreProcessor, flatten_transform
+from anomalib_recon.training import (
+    EndOfFit,
+    FeatureBatch,
+    FeatureCache,
+    FiniteLoss,
+    RandomState,
+    ReadableImages,
+    refuse_other_networks,
+)
+from anomalib_recon.visualization import ReconstructionVisualizer
+
+from .export import CurrentOpsetExport
+
+if TYPE_CHECKING:
+    from anomalib.models.components import AnomalibModule as _Base
+else:
+    _Base = object
+
+NUM_CHANNELS = 3
+# anomalib's tiled ensemble builds a model for images of this size only to ask it for its evaluator
+PROBE_SIZE = (10, 10)
+
+
+class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # to_onnx as anomalib's
+    """Mixin of models that rebuild something and compare it with what it should be.
+
+    Put it before anomalib's ``AnomalibModule``, of which a model is a direct subclass: anomalib finds no others. In the
+    constructor, in this order: :meth:`find_image_size`, ``super().__init__`` with :meth:`make_pre_processor`,
+    :meth:`build_network`, ``self.loss``.
+
+    Attributes:
+        network (type[nn.Module]): The network. The module has its arguments by the same names.
+        default_image_size (tuple[int, int]): Height and width of images if neither the user nor a pre-processor says
+            one.
+        free_arguments (tuple[str, ...]): Arguments of the network in which a checkpoint may differ from the model it is
+            loaded into.
+        feature_cache (FeatureCache | None): Keeps what ``training_inputs`` makes of images that stay the same.
+    """
+
+    network: ClassVar[type[nn.Module]]
+    default_image_size: ClassVar[tuple[int, int]] = (256, 256)
+    free_arguments: ClassVar[tuple[str, ...]] = ()
+    feature_cache: FeatureCache | None = None
+    model: Any
+
+    # --- construction
+
+    @classmethod
+    def find_image_size(
+        cls, image_size: int | Sequence[int] | None, pre_processor: PreProcessor | bool
+    ) -> tuple[int, int]:
+        """Find the size that images have when they come to the network.
+
+        Args:
+            image_size (int | Sequence[int] | None): Size as given by the user; an int means a square.
+            pre_processor (PreProcessor | bool): Pre-processor as given by the user.
+
+        Returns:
+            tuple[int, int]: Height and width.
+
+        Raises:
+            ValueError: If the two sizes disagree, the size is not positive, or the pre-processor normalises images.
+        """
+        transform = getattr(pre_processor, "transform", None)
+        if any(isinstance(part, Normalize) for part in flatten_transform(transform)):
+            msg = "pre_processor must leave images in [0, 1], got one with Normalize; the model normalises itself."
+            raise ValueError(msg)
+        # a transform that resizes makes even a single pixel that large
+        resized = tuple(transform(torch.zeros(1, NUM_CHANNELS, 1, 1)).shape[-2:]) if transform else (1, 1)
+        if image_size is None:
+            return cls.default_image_size if resized in {(1, 1), PROBE_SIZE} else resized
+        try:
+            size = to_tuple(image_size)  # type: ignore[arg-type]
+            check_whole(height=size[0], width=size[1])
+        except (TypeError, ValueError) as error:
+            msg = f"image_size must be positive, got {image_size}; pass a whole number of pixels, or two."
+            raise ValueError(msg) from error
+        if resized not in {(1, 1), size}:
+            msg = f"image_size must be the size that pre_processor resizes to, got {size} and {resized}; leave one out."
+            raise ValueError(msg)
+        return size
+
+    @classmethod
+    def make_pre_processor(cls, pre_processor: PreProcessor | bool, image_size: tuple[int, int]) -> PreProcessor | bool:
+        """Make the default pre-processor for an image size, unless the user has passed another, or none."""
+        return cls.configure_pre_processor(image_size) if pre_processor is True else pre_processor
+
+    def build_network(self) -> Any:
+        """Build the network from those arguments of the module that it has, too.
+
+        Returns:
+            Any: The network.
+        """
+        return self.network(**{name: self.hparams[name] for name in _arguments_of(self.network)})
+
+    @classmethod
+    def configure_pre_processor(cls, image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Resize images; their values stay in [0, 1].
+
+        Args:
+            image_size (tuple[int, int] | None): Height and width.
+                Defaults to ``None``, which means those of ``default_image_size``.
+
+        Returns:
+            PreProcessor: Pre-processor.
+        """
+        return ExactResizePreProcessor(Resize(image_size or cls.default_image_size, antialias=True))
+
+    @staticmethod
+    def configure_evaluator() -> RawScoreEvaluator:
+        """Image and pixel AUROC and F1 score, and pixel AUPRO, on raw scores."""
+        return RawScoreEvaluator()
+
+    @classmethod
+    def configure_visualizer(cls) -> ImageVisualizer:
+        """Show image, ground truth, anomaly map and predicted mask, and the reconstruction if it is a picture."""
+        return ReconstructionVisualizer()
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """None: schedules are a matter of the configs, where a user's flags win."""
+        return {}
+
+    @property
+    def learning_type(self) -> LearningType:
+        """One-class: trained on normal images."""
+        return LearningType.ONE_CLASS
+
+    # --- fit
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """What happens around a fit, and anomalib's components."""
+        ours: list[Callback] = [ReadableImages(), FiniteLoss(), RandomState()]
+        if self.feature_cache:
+            ours.append(self.feature_cache)
+        return [*ours, *self.configure_end(), *cast("Sequence[Callback]", super().configure_callbacks())]
+
+    def configure_end(self) -> Sequence[Callback]:
+        """Callbacks that end a fit."""
+        return [EndOfFit()]
+
+    def check_training_set(self, dataset: AnomalibDataset) -> None:
+        """Refuse a training set that the model cannot be trained on.
+
+        Args:
+            dataset (AnomalibDataset): Training set.
+
+        Raises:
+            ValueError: If it has anomalous images.
+        """
+        if anomalous := int((dataset.samples.label_index == LabelName.ABNORMAL).sum()):
+            msg = (
+                f"{type(self).__name__} trains on normal images alone, but {anomalous} training images are anomalous; "
+                "leave them out."
+            )
+            raise ValueError(msg)
+
+    def start_features(self, batch: Batch) -> Tensor:
+        """Compute what :meth:`start` needs of a batch of pre-processed images; by default ``embed`` does."""
+        return self.model.embed(cast("Tensor", batch.image))
+
+    def start(self, features: Iterable[Tensor]) -> None:
+        """Fit to the features what comes before training; called for models with a ``feature_cache``.
+
+        Args:
+            features (Iterable[Tensor]): Features of the normal training images, in batches, which share memory. Can be
+                iterated more than once.
+        """
+
+    def finish(self) -> None:
+        """Compute what scoring needs beyond the trained weights, when training ends."""
+
+    def training_inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Compute what the loss needs of a training batch and what stays the same in all epochs.
+
+        Args:
+            batch (Batch): Batch of B pre-processed images.
+
+        Returns:
+            tuple[Tensor, ...]: The target of the reconstruction, and further arguments of the loss, each ``(B, ...)``.
+        """
+        return (self.start_features(batch),)
+
+    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Reconstruct the target of a batch.
+
+        Args:
+            batch (Batch | FeatureBatch): Batch of B pre-processed images, or of their places in the feature cache.
+            *args (Any): Not used.
+            **kwargs (Any): Not used.
+
+        Returns:
+            STEP_OUTPUT: The loss, a scalar.
+        """
+        del args, kwargs
+        if isinstance(batch, FeatureBatch):
+            target, *others = cast("FeatureCache", self.feature_cache).read(batch)
+        else:
+            target, *others = self.training_inputs(batch)
+        loss = self.loss(target, self.model.reconstruct(target), *others)
+        self.log("train_loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(target))
+        return loss
+
+    # --- scoring
+
+    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Score a batch of images.
+
+        Args:
+            batch (Batch): Batch of B pre-processed images.
+            *args (Any): Not used.
+            **kwargs (Any): Not used.
+
+        Returns:
+            STEP_OUTPUT: The batch with ``pred_score``, ``anomaly_map``, and, of networks with a ``picture``,
+                ``reconstruction`` of shape ``(B, 3, H, W)`` with values in [0, 1].
+        """
+        del args, kwargs
+        target = self.model.embed(batch.image)
+        reconstruction = self.model.reconstruct(target)
+        scored = batch.update(**self.model.compare(target, reconstruction)._asdict())
+        if hasattr(self.model, "picture"):
+            # on the CPU: Lightning does not move it, and batches that `predict` collects keep it
+            scored.reconstruction = self.model.picture(reconstruction).cpu()
+        return scored
+
+    def test_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Score a batch of images; see :meth:`validation_step`."""
+        return self.validation_step(batch, *args, **kwargs)
+
+    def predict_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Score a batch of images; see :meth:`validation_step`."""
+        return self.validation_step(batch, *args, **kwargs)
+
+    # --- checkpoints
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # as anomalib's
+        cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Load a model. It needs neither network nor weights file: the checkpoint holds the backbone, too.
+
+        Args:
+            checkpoint_path (str | Path): The checkpoint.
+            *args (Any): As in anomalib.
+            **kwargs (Any): As in anomalib.
+
+        Returns:
+            Any: The model.
+        """
+        if "pre_trained" in _arguments_of(cls):
+            kwargs = {"pre_trained": False, "backbone_weights": None, **kwargs}
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that does not fit.
+
+        Args:
+            checkpoint (dict[str, Any]): The checkpoint.
+
+        Raises:
+            ValueError: If it is of another model, of a network with other arguments, or of another version.
+        """
+        self.refuse_other_networks(checkpoint)
+        missing = [name for name in self.model.state_dict() if f"model.{name}" not in checkpoint["state_dict"]]
+        if missing:
+            msg = (
+                f"The checkpoint lacks {len(missing)} tensors of {type(self).__name__}, {missing[0]} for one: it is of "
+                "another version of anomalib-recon; train anew."
+            )
+            raise ValueError(msg)
+        super().on_load_checkpoint(checkpoint)
+
+    def refuse_other_networks(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another network.
+
+        Args:
+            checkpoint (dict[str, Any]): The checkpoint.
+
+        Raises:
+            ValueError: If it is.
+        """
+        free = {"pre_trained", "backbone_weights", *self.free_arguments}
+        names = [name for name in _arguments_of(self.network) if name not in free]
+        refuse_other_networks(checkpoint, type(self).__name__, self.hparams, names)
+
+
+def _arguments_of(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)

@@ -1,3 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-
-"""The papers' tables, trained anew: ``python -m anomalib_recon.reproduce --help``."""

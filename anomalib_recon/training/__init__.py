@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What happens around a fit: its images, cached features, held-out images, its end, and checkpoints."""
+
+from .checkpoints import RandomState, load_checkpoint, refuse_other_networks
+from .end_of_fit import EndOfFit
+from .feature_cache import FeatureBatch, FeatureCache
+from .guards import FiniteLoss, ReadableImages
+from .held_out import HeldOutImages
+from .images import check_training_files, map_images, normal_images, own_share, score_images
+
+__all__ = [
+    "EndOfFit",
+    "FeatureBatch",
+    "FeatureCache",
+    "FiniteLoss",
+    "HeldOutImages",
+    "RandomState",
+    "ReadableImages",
+    "check_training_files",
+    "load_checkpoint",
+    "map_images",
+    "normal_images",
+    "own_share",
+    "refuse_other_networks",
+    "score_images",
+]

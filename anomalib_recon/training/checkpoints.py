@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Checkpoints that explain themselves, and continue a run as if it had not been interrupted."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+def refuse_other_networks(
+    checkpoint: Mapping[str, Any], model: str, arguments: Mapping[str, Any], names: Sequence[str]
+) -> None:
+    """Refuse a checkpoint of another model, or of a network that was built with other arguments.
+
+    Args:
+        checkpoint (Mapping[str, Any]): The checkpoint.
+        model (str): Name of the model class.
+        arguments (Mapping[str, Any]): Arguments of the model it is loaded into.
+        names (Sequence[str]): Arguments that the two must share.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    saved = checkpoint.get("hyper_parameters", {})
+    if not saved.keys() >= set(names):
+        msg = f"The checkpoint is not one of {model}, or of a version without some of its arguments; train anew."
+        raise ValueError(msg)
+    different = [name for name in names if _plain(saved[name]) != _plain(arguments[name])]
+    if different:
+        needed = ", ".join(f"{name}={saved[name]} (not {arguments[name]})" for name in different)
+        msg = (
+            f"The checkpoint needs a model with {needed}; pass these arguments, on the command line as in "
+            f"--model.{different[0]}, or use {model}.load_from_checkpoint."
+        )
+        raise ValueError(msg)
+
+
+def _plain(value: Any) -> Any:
+    """A sequence as a list: a checkpoint may turn tuples into lists."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def load_checkpoint(path: str | Path, argument: str) -> dict[str, Any]:
+    """Load a checkpoint, which may come from a stranger: plain data alone, on the CPU.
+
+    Args:
+        path (str | Path): The checkpoint.
+        argument (str): The argument that names it, for the error.
+
+    Returns:
+        dict[str, Any]: What it holds.
+
+    Raises:
+        ValueError: If it is not a checkpoint.
+    """
+    try:
+        return dict(AnomalibCheckpointIO().load_checkpoint(path, map_location="cpu"))
+    except Exception as error:  # torch fails in as many ways as files can be broken
+        msg = f"{argument}={path} is not a checkpoint of anomalib, or not a whole one; pass another file."
+        raise ValueError(msg) from error
+
+
+class RandomState(Callback):
+    """Let a resumed run draw the random numbers that it would have drawn without the interruption."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._saved: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Save the state of the random number generators."""
+        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until the run starts."""
+        self._saved = state_dict
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Continue with the saved state, if there is one for these devices."""
+        del trainer, pl_module
+        saved, self._saved = self._saved, {}
+        if saved:
+            torch.set_rng_state(saved["cpu"].cpu())
+            if len(saved["cuda"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all([state.cpu() for state in saved["cuda"]])

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a frozen backbone makes of the training images, computed once at the start of a fit.
+
+Features are kept in half precision. Training then neither decodes an image nor runs the backbone, and a model that fits
+something to its features before training does so without another pass. Nothing outlives the fit, so that no other
+backbone, image size or data can ever be read; a resumed run computes anew. Each process keeps all features.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from anomalib.data import AnomalibDataModule, AnomalibDataset
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import CenterCrop, Resize
+from tqdm.auto import tqdm
+
+from anomalib_recon.pre_processing import ExactResizePreProcessor, flatten_transform
+
+from .images import map_images, normal_images, normal_indices
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+# features read at a time when a model looks at all of them
+IMAGES_PER_READ = 16
+
+
+@dataclass
+class FeatureBatch:
+    """A training batch of cached features.
+
+    Attributes:
+        index (Tensor): Places of B images in the cache, shape ``(B,)``.
+    """
+
+    index: Tensor
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.index)
+
+
+class FeatureCache(Callback):
+    """Compute the training inputs of a model once, and give its ``training_step`` a :class:`FeatureBatch` each time.
+
+    The model has a method ``training_inputs(batch)``, which turns a pre-processed batch of images into tensors of shape
+    ``(B, ...)``, features first, and a method ``start(features)``, which gets the features of the normal training
+    images in batches, before training, from the cache or by ``start_features(batch)``. Where images change from epoch
+    to epoch or the features do not fit, each epoch computes them anew; the log says so.
+
+    Args:
+        feature_cache_gib (float): Most memory of a process for the cache, in GiB. 0 switches it off.
+        obstacle (str | None): Why the model cannot use the cache, if so.
+            Defaults to ``None``.
+
+    Raises:
+        ValueError: If ``feature_cache_gib`` is negative.
+    """
+
+    def __init__(self, feature_cache_gib: float, obstacle: str | None = None) -> None:
+        super().__init__()
+        if feature_cache_gib < 0:
+            msg = f"feature_cache_gib must be positive, or 0 for no cache, got {feature_cache_gib}."
+            raise ValueError(msg)
+        self._budget = feature_cache_gib * GIB
+        self._obstacle = obstacle or ("feature_cache_gib=0" if feature_cache_gib == 0 else None)
+        self._parts: list[_Part] = []
+        self._swapped = ExitStack()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Fill the cache, and let the model look at the features.
+
+        Lightning restores the checkpoint of a resumed run after this.
+        """
+        if stage != "fit":
+            return
+        module: Any = pl_module
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        obstacle = self._obstacle or _find_obstacle(trainer, datamodule, module)
+        if obstacle is None:
+            module.to(trainer.strategy.root_device)
+            obstacle = self._fill(trainer, module, datamodule.train_data)
+        if obstacle is not None:
+            logger.info("Features are computed anew in each epoch: %s.", obstacle)
+        if datamodule is not None:
+            module.start(_NormalFeatures(lambda: self._normal_features(trainer, module, datamodule.train_data)))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the datamodule make batches of places in the cache."""
+        del pl_module
+        if not self._parts:
+            return
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        # numbers need no worker processes
+        replaced = {"train_data": _Places(len(datamodule.train_data)), "num_workers": 0, "external_collate_fn": None}
+        for name, value in replaced.items():
+            self._swapped.callback(setattr, datamodule, name, getattr(datamodule, name))
+            setattr(datamodule, name, value)
+        self._swapped.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "The 'train_dataloader' does not have many workers")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the datamodule as it was, now that there is a dataloader."""
+        del trainer, pl_module
+        self._swapped.close()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Free the memory; leave the datamodule as it was also after a fit without an epoch."""
+        del trainer, pl_module
+        self._swapped.close()
+        self._parts = []
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Do the same after an interrupted fit."""
+        del exception
+        self.on_fit_end(trainer, pl_module)
+
+    def read(self, batch: FeatureBatch) -> tuple[Tensor, ...]:
+        """Read the training inputs of a batch.
+
+        Args:
+            batch (FeatureBatch): Places of B images.
+
+        Returns:
+            tuple[Tensor, ...]: What the model's ``training_inputs`` made of the images. They share memory with what the
+                next call returns.
+        """
+        return tuple(part.read(batch.index) for part in self._parts)
+
+    def _fill(self, trainer: Trainer, module: Any, dataset: AnomalibDataset) -> str | None:
+        """Compute all features, unless they are more than the budget; the result then says so."""
+        count, start = len(dataset), 0
+        batches = map_images(trainer, module, dataset, module.training_inputs)
+        for inputs in tqdm(batches, "Features", delay=10, leave=False, disable=not trainer.is_global_zero):
+            if start == 0:
+                size = sum(count * value[0].numel() * _kept_type(value).itemsize for value in inputs)
+                if size > self._budget:
+                    return f"{size / GIB:.1f} GiB are more than feature_cache_gib={self._budget / GIB:g}"
+                device = _device_with_room(trainer.strategy.root_device, size)
+                self._parts = [_Part(count, value, device) for value in inputs]
+                logger.info("Features of %d images are kept on %s: %.2f GiB.", count, device, size / GIB)
+            for part, value in zip(self._parts, inputs, strict=True):
+                part.values[start : start + len(value)] = value
+            start += len(inputs[0])
+        return None
+
+    def _normal_features(self, trainer: Trainer, module: Any, dataset: AnomalibDataset) -> Iterator[Tensor]:
+        if self._parts:
+            for index in torch.tensor(normal_indices(dataset)).split(IMAGES_PER_READ):
+                yield self._parts[0].read(index)
+            return
+        module.to(trainer.strategy.root_device)
+        normal = normal_images(dataset, getattr(module.pre_processor, "transform", None))
+        yield from map_images(trainer, module, normal, module.start_features)
+
+
+class _NormalFeatures:
+    """Features of the normal training images, batch by batch; can be iterated more than once."""
+
+    def __init__(self, read: Callable[[], Iterator[Tensor]]) -> None:
+        self._read = read
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self._read()
+
+
+class _Part:
+    """One of the tensors that training needs of each image.
+
+    Args:
+        count: Number of images.
+        example: The tensor of a batch, of shape ``(B, ...)``.
+        device: Where to keep all.
+    """
+
+    def __init__(self, count: int, example: Tensor, device: torch.device) -> None:
+        self.values = torch.empty(count, *example.shape[1:], dtype=_kept_type(example), device=device)
+        self._dtype, self._device = example.dtype, example.device
+        self._half = torch.empty(0)
+        self._full = torch.empty(0)
+
+    def read(self, index: Tensor) -> Tensor:
+        """Values of the images ``index``, in a buffer that is used again: fresh memory of that size costs more time."""
+        shape = (len(index), *self.values.shape[1:])
+        if len(self._half) < len(index):
+            self._half = torch.empty(shape, dtype=self.values.dtype, device=self.values.device)
+            self._full = torch.empty(shape, dtype=self._dtype, device=self._device)
+        half, full = self._half[: len(index)], self._full[: len(index)]
+        torch.index_select(self.values, 0, index.to(self.values.device), out=half)
+        return full.copy_(half)
+
+
+class _Places(Dataset):
+    """The training images as numbers.
+
+    Args:
+        count: Number of images.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+    @staticmethod
+    def collate_fn(places: list[int]) -> FeatureBatch:
+        return FeatureBatch(torch.tensor(places))
+
+
+def _kept_type(values: Tensor) -> torch.dtype:
+    return torch.float16 if values.is_floating_point() else values.dtype
+
+
+def _device_with_room(device: torch.device, size: int) -> torch.device:
+    """An accelerator of which the features take less than half of the free memory, or else the CPU."""
+    if device.type == "cpu":
+        return device
+    memory = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return device if memory and size < memory(device)[0] / 2 else torch.device("cpu")
+
+
+def _find_obstacle(trainer: Trainer, datamodule: Any, module: Any) -> str | None:
+    """Say why the features of an image may differ between epochs, or cannot be kept."""
+    if not isinstance(datamodule, AnomalibDataModule):
+        return "the training images do not come from a datamodule of anomalib"
+    if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+        return "the dataloader changes between epochs"
+    if type(datamodule).train_dataloader is not AnomalibDataModule.train_dataloader:
+        return "the datamodule has a training dataloader of its own"
+    if module.pre_processor is not None and not isinstance(module.pre_processor, ExactResizePreProcessor):
+        return "the pre-processor is not an ExactResizePreProcessor"
+    transforms = [
+        *flatten_transform(getattr(datamodule.train_data, "augmentations", None)),
+        *flatten_transform(getattr(module.pre_processor, "transform", None)),
+    ]
+    # with another resize, the size of an image could depend on the others in its batch
+    if not transforms or not all(
+        isinstance(part, Resize | CenterCrop) and len(part.size or ()) == 2 for part in transforms
+    ):
+        return "the training images are not only resized to a fixed height and width"
+    return None

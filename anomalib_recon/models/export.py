@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from anomalib.data import AnomalibDataModule
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ class CurrentOpsetExport:
             Path: The exported file.
         """
         arguments = {"opset_version": OPSET_VERSION, **kwargs}
-        return super().to_onnx(export_root, model_file_name, input_size, **arguments)  # type: ignore[misc]
+        with torch.no_grad():  # of a loop with weights, the exporter would ask for the graph of its gradient
+            return super().to_onnx(export_root, model_file_name, input_size, **arguments)  # type: ignore[misc]
 
     def _compress_ov_model(self, model: "openvino.Model", *args: Any, **kwargs: Any) -> "openvino.Model":
         """Compress a copy, in which the graph and the bodies of its loops share no constants: nncf would stumble."""

@@ -4,12 +4,12 @@
 
 On drawn data and on a category in MVTec AD's layout, in an hour or so on two cores::
 
-    python tests/benchmarks/patch_ae_ablation.py --demo grid --root datasets/MVTecAD --categories screw \
+    python -m benchmarks.patch_ae_ablation --demo grid --root datasets/MVTecAD --categories screw \
         --backbone densenet169 --image_size 128 --epochs 10 --precision bf16-mixed --coreset_ratio 0.01
 
 and in minutes, to see it work::
 
-    python tests/benchmarks/patch_ae_ablation.py --demo grid --image_size 64 --epochs 1 --max_train_images 20 \
+    python -m benchmarks.patch_ae_ablation --demo grid --image_size 64 --epochs 1 --max_train_images 20 \
         --backbone resnet18 --rows full untrained
 
 Trains and tests with anomalib's engine and prints AUROC and AUPRO on raw scores. The figures are written to
@@ -33,9 +33,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_recon.data import DemoAD
 from anomalib_recon.files import write_whole
+from anomalib_recon.layers import create_backbone, stage_strides
 from anomalib_recon.metrics import RawScoreEvaluator
 from anomalib_recon.models import PatchAE
-from anomalib_recon.models.components import create_backbone, stage_strides
 
 # an epoch of these learns the statistics of the stages, and no weights
 NO_STEPS = {"trained_stages": 0, "learning_rate": 1e-12}
@@ -47,9 +47,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "defects": {"patch_wise": False},
     "full": {},
     "full, all stages trained": {"trained_stages": 4},
-    "full, by stages": {"score_by": "stages"},
+    "full, by stages": {"embed_dim": None},
     "untrained": NO_STEPS,
-    "untrained, by stages": {**NO_STEPS, "score_by": "stages"},
+    "untrained, by stages": {**NO_STEPS, "embed_dim": None},
     "PatchCore": {},
 }
 NOT_TRAINED = {"untrained", "untrained, by stages", "PatchCore"}

@@ -2,7 +2,7 @@
 
 """ADTR, SAAE and their ablations over the epochs, trained on features that are computed once.
 
-``python tests/benchmarks/feature_curves.py --root datasets/MVTecAD --category screw --variants adtr --epochs 100``
+``python -m benchmarks.feature_curves --root datasets/MVTecAD --category screw --variants adtr --epochs 100``
 
 Loss, optimiser and schedule are the model's own; the learning rate of ADTR falls after four fifths of the epochs, as in
 the paper. What differs is that the frozen backbone sees each image once instead of once in each epoch. Prints AUROC and
@@ -25,7 +25,6 @@ from torchvision.transforms.v2 import Resize
 
 from anomalib_recon.metrics import AUPRO, AUROC
 from anomalib_recon.models import ADTR, SAAE
-from anomalib_recon.models.saae.latent_size import FeatureCovariance
 
 # the stride of the feature map is that of ADTR, for the sake of the comparison
 VARIANTS: dict[str, tuple[type[ADTR | SAAE], dict[str, Any]]] = {
@@ -49,21 +48,11 @@ def autocast(precision: str) -> torch.autocast:
 def load(module: ADTR | SAAE, dataset: AnomalibDataset) -> tuple[Tensor, Tensor, Tensor]:
     """Features (N, C, h, w), masks (N, H, W) and labels (N,) of the images of a dataset, in its order."""
     batches = [
-        (module.model.extract_features(batch.image).float(), batch.gt_mask, batch.gt_label)
+        (module.model.embed(batch.image).float(), batch.gt_mask, batch.gt_label)
         for batch in DataLoader(dataset, EVAL_BATCH_SIZE, collate_fn=dataset.collate_fn)
     ]
     features, masks, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     return features, masks, labels
-
-
-def score(module: ADTR | SAAE, features: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores (B,) and maps (B, 1, H, W), as in the forward of the network."""
-    generator = module.model.anomaly_map_generator
-    if isinstance(module, SAAE):
-        anomaly_map = generator(features, reconstruction)
-        return anomaly_map.amax(dim=(1, 2, 3)), anomaly_map
-    anomaly_map = generator(features, reconstruction, module.hparams["image_size"])
-    return generator.score(anomaly_map), anomaly_map
 
 
 @torch.no_grad()
@@ -79,9 +68,9 @@ def evaluate(module: ADTR | SAAE, features: Tensor, masks: Tensor, labels: Tenso
     for batch, mask, label in zip(*(part.split(EVAL_BATCH_SIZE) for part in (features, masks, labels)), strict=True):
         with autocast(precision):
             reconstruction = module.model.reconstruct(batch)
-        pred_score, anomaly_map = score(module, batch, reconstruction.float())
-        image = anomaly_map.expand(-1, 3, -1, -1)  # a batch needs one, and no metric looks at it
-        scored = ImageBatch(image=image, anomaly_map=anomaly_map, pred_score=pred_score, gt_mask=mask, gt_label=label)
+        predictions = module.model.compare(batch, reconstruction)
+        image = predictions.anomaly_map.expand(-1, 3, -1, -1)  # a batch needs one, and no metric looks at it
+        scored = ImageBatch(image=image, gt_mask=mask, gt_label=label).update(**predictions._asdict())
         for metric in metrics.values():
             metric.update(scored)
     return {name: round(float(metric.compute()), 4) for name, metric in metrics.items()}
@@ -99,7 +88,7 @@ def train_epoch(module: ADTR | SAAE, features: Tensor, optimizer: torch.optim.Op
         batch = features[index]
         with autocast(precision):
             reconstruction = module.model.reconstruct(batch)
-        loss = module.loss(batch, reconstruction.float())
+        loss = module.loss(batch, reconstruction)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -132,11 +121,8 @@ def run(variant: str, arguments: argparse.Namespace, datamodule: MVTecAD) -> Non
         features, _, _ = load(module, datamodule.train_data)
         test = load(module, datamodule.test_data)
     if isinstance(module, SAAE):
-        covariance = FeatureCovariance(features.shape[1])
-        covariance.update(features)
-        given["latent_dim"] = covariance.num_components(module.explained_variance)
-        print(variant, "latent_dim", given["latent_dim"], "of", features.shape[1], flush=True)
-        module = SAAE(backbone_weights=arguments.backbone_weights, **given)
+        module.start(features.split(EVAL_BATCH_SIZE))
+        print(variant, "latent_dim", module.hparams["latent_dim"], "of", features.shape[1], flush=True)
     configured = module.configure_optimizers()
     (optimizer,), schedulers = configured if isinstance(configured, tuple) else ([configured], [])
 

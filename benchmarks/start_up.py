@@ -2,7 +2,7 @@
 
 """What the package adds to the start of other programs that it is installed beside.
 
-``python tests/benchmarks/start_up.py --turns 7 --output start_up.json``
+``python -m benchmarks.start_up --turns 7 --output start_up.json``
 
 ``import torch`` and ``anomalib --help``, each in a process of its own, with the package's hook and without it
 (``ANOMALIB_RECON_AUTOLOAD=0``), in turns. CPU seconds are those of the process with all its threads; they hold on a

@@ -2,7 +2,7 @@
 
 """Throughput of InTra's inference: windows in chunks, several patches at a time, and exported to OpenVINO.
 
-``python -m tests.benchmarks.intra_inference --rows plain covered openvino --output intra_inference.json``
+``python -m benchmarks.intra_inference --rows plain covered openvino --output intra_inference.json``
 
 The default network, with random weights or those of ``--checkpoint``, in fp32 and for one image at a time. ``plain``
 times it beside one forward for each patch and the rate of a large matrix product, ``covered`` beside networks that
@@ -78,31 +78,6 @@ def with_usual_layers(model: InTraModel) -> InTraModel:
     return model
 
 
-def paint(model: InTraModel, patches: Tensor, tokens: Tensor, covered: Tensor) -> Tensor:
-    """Inpaint a patch of each window as InTra is usually written: embed the windows, then block after block.
-
-    Args:
-        model (InTraModel): Network with long residuals, global positions and the mean as readout.
-        patches (Tensor): Patches of the windows, shape ``(n, L * L, K * K * 3)``.
-        tokens (Tensor): Their numbers in the grid, shape ``(n, L * L)``.
-        covered (Tensor): The covered one of each window, shape ``(n,)``.
-
-    Returns:
-        Tensor: Inpainted patches of shape ``(n, K * K * 3)``.
-    """
-    is_covered = torch.arange(tokens.shape[1]) == covered[:, None]
-    sequence = torch.where(is_covered[..., None], model.inpaint_token, model.patch_embedding(patches))
-    sequence = sequence + model.position_embedding[tokens]
-    depth, early = len(model.blocks), []
-    for index, block in enumerate(model.blocks):
-        if index >= depth - depth // 2:
-            sequence = sequence + early.pop()
-        sequence = block(sequence)
-        if index < depth // 2:
-            early.append(sequence)
-    return model.output(model.head(sequence.mean(dim=1)))
-
-
 def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -111,20 +86,22 @@ def measure_plain(intra: InTra, image: Tensor, turns: int, patches_timed: int) -
     model = intra.model
     matrix = torch.rand(MATRIX_SIZE, MATRIX_SIZE)
     num_windows = len(model.tokens)
-    patches = model.patchify(image)[0]
+    patches = model.embed(image)
     usual = with_usual_layers(model)
     before = peak_memory()
-    model.reconstruct(image)
+    model.reconstruct(patches)
     after = peak_memory()
+    windows = zip(patches[0, model.tokens], model.tokens, model.covered, strict=True)
+    single = [tuple(part[None] for part in window) for window in windows][:patches_timed]
     with FlopCounterMode(display=False) as counter:
-        paint(usual, patches[model.tokens[:1]], model.tokens[:1], model.covered[0])
+        usual.inpaint(*single[0])
 
     def one_by_one() -> None:
-        for tokens, covered in zip(model.tokens[:patches_timed], model.covered[:patches_timed], strict=True):
-            paint(usual, patches[tokens[None]], tokens[None], covered)
+        for window in single:
+            usual.inpaint(*window)
 
     times = time_in_turns(
-        {"ours": lambda: model.reconstruct(image), "single": one_by_one, "product": lambda: matrix @ matrix}, turns
+        {"ours": lambda: model.reconstruct(patches), "single": one_by_one, "product": lambda: matrix @ matrix}, turns
     )
     flops = counter.get_total_flops() * num_windows
     return {

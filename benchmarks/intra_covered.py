@@ -2,7 +2,7 @@
 
 """Accuracy of an InTra that has learnt one patch of a window at a time, when it paints several.
 
-``python -m tests.benchmarks.intra_covered --checkpoint CKPT --root datasets/MVTecAD --category screw --output FILE``
+``python -m benchmarks.intra_covered --checkpoint CKPT --root datasets/MVTecAD --category screw --output FILE``
 
 Tests a checkpoint of a network with ``readout="token"`` once with each ``covered_per_window`` and prints AUROC and
 AUPRO on raw scores. "own" means that the mean difference map of the normal training images (eq. 17) has been taken
@@ -27,8 +27,8 @@ from anomalib_recon.models import InTra
 def take_mean_difference(model: InTra, datamodule: MVTecAD) -> None:
     network, differences = model.model.eval(), []
     for batch in datamodule.train_dataloader():
-        images = model.pre_processor.transform(batch.image)
-        differences.append(network.anomaly_map_generator.difference(images, network.reconstruct(images)))
+        patches = network.embed(model.pre_processor.transform(batch.image))
+        differences.append(network.difference(patches, network.reconstruct(patches)))
     network.normal_difference.copy_(torch.cat(differences).mean(dim=0, keepdim=True))
 
 

@@ -2,7 +2,7 @@
 
 """How time and memory of the models grow with the images, with their number, and with the bank of normal features.
 
-``python -m tests.benchmarks.scale --output scale`` (from the root of the project)
+``python -m benchmarks.scale --output scale``
 
 1. ``image_size``: time to score an image, and the extra memory at the peak, over the side of the image.
 2. ``num_images``: time of an epoch, from its start to that of the next one and without the first, over the number
@@ -37,8 +37,8 @@ from matplotlib.ticker import ScalarFormatter
 from anomalib_recon import models
 from anomalib_recon.files import write_whole
 from anomalib_recon.models.patch_ae.normal_bank import NormalBank
-from tests.benchmarks.feature_cache import EpochTimer, write_pictures
-from tests.benchmarks.patch_ae_search import GRID, build_patchcore, extra_memory
+from benchmarks.feature_cache import EpochTimer, write_pictures
+from benchmarks.patch_ae_search import GRID, build_patchcore, extra_memory
 
 MODELS: dict[str, dict[str, Any]] = {
     "InTra": {"embed_dim": 96, "depth": 4, "num_heads": 4, "windows_per_image": 10},
@@ -57,7 +57,10 @@ def build(name: str, image_size: int, backbone: str) -> AnomalibModule:
     arguments: dict[str, Any] = {**MODELS[name], "image_size": image_size, "visualizer": False}
     if name != "InTra":
         arguments |= {"backbone": backbone, "pre_trained": False}
-    return getattr(models, name)(**arguments)
+    module = getattr(models, name)(**arguments)
+    if name == "PatchAE":  # training would fill it
+        module.model.bank.fill(torch.rand(BANK_SIZE, MODELS[name]["embed_dim"]))
+    return module
 
 
 def cpu_seconds(function: Callable[[], object]) -> float:
@@ -70,8 +73,6 @@ def cpu_seconds(function: Callable[[], object]) -> float:
 def score_one(name: str, image_size: int, args: argparse.Namespace) -> dict[str, Any]:
     """Score an image; ``extra_mib`` is the peak over what is held before, in the first time."""
     model: Any = build(name, image_size, args.backbone).model.eval()
-    if name == "PatchAE":
-        model.bank.fill(torch.rand(BANK_SIZE, MODELS[name]["embed_dim"]))
     image = torch.rand(1, 3, image_size, image_size)
     ctypes.CDLL(None).malloc_trim(0)  # memory of earlier rows would not be counted when it is used again
     extra = extra_memory(lambda: model(image))

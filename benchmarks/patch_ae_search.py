@@ -2,7 +2,7 @@
 
 """Time and peak memory of PatchAE's nearest-neighbour search, against that of anomalib's PatchCore.
 
-``python tests/benchmarks/patch_ae_search.py --vectors 100000 --chunks 1024 4096 100000 --output patch_ae_search.json``
+``python -m benchmarks.patch_ae_search --vectors 100000 --chunks 1024 4096 100000 --output patch_ae_search.json``
 
 The bank is random, of PatchAE's default width, and the queries are the grids of images of 256 x 256 pixels. Each row
 has a process of its own: PatchAE in torch and in OpenVINO for each number of vectors in a chunk, and PatchCore's
@@ -30,7 +30,7 @@ import torch
 from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 
 from anomalib_recon.files import write_whole
-from anomalib_recon.models.components.export import OPSET_VERSION
+from anomalib_recon.models.export import OPSET_VERSION
 from anomalib_recon.models.patch_ae.normal_bank import NormalBank
 
 GRID = (32, 32)

@@ -2,7 +2,7 @@
 
 """Training speed of InTra against that of the usual loop, and against the rate of a large matrix product.
 
-``python -m tests.benchmarks.intra_training --precision bf16-mixed --output intra_training.json``
+``python -m benchmarks.intra_training --precision bf16-mixed --output intra_training.json``
 
 The default network with 2 of its 13 blocks, which are alike, on pictures of noise, by anomalib's engine. The usual
 loop, with a data set that decodes and resizes a file for each window, and with PyTorch's linear layers, and the matrix
@@ -38,7 +38,7 @@ from anomalib_recon.files import write_whole
 from anomalib_recon.models import InTra
 from anomalib_recon.models.intra.loss import InTraLoss
 from anomalib_recon.models.intra.torch_model import InTraModel
-from tests.benchmarks.intra_inference import MATRIX_SIZE, clock, paint, seconds, with_usual_layers
+from benchmarks.intra_inference import MATRIX_SIZE, clock, seconds, with_usual_layers
 
 NUM_PICTURES = 32
 WINDOWS_PER_STEP = 256
@@ -65,11 +65,11 @@ class OneWindowOfEachFile(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Patches ``(L * L, K * K * 3)``, their numbers ``(L * L,)``, and which is covered ``()``."""
+        """Patches ``(L * L, K * K * 3)``, their numbers ``(L * L,)``, and which is covered ``(1,)``."""
         image = self.resize(read_image(self.paths[index], as_tensor=True))
         generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
         tokens, covered = self.model.draw_windows(1, generator)
-        return self.model.patchify(image[None])[0, tokens[0]], tokens[0], covered[0, 0]
+        return self.model.embed(image[None])[0, tokens[0]], tokens[0], covered[0]
 
 
 class UsualLoop:
@@ -94,9 +94,9 @@ class UsualLoop:
     def step(self) -> None:
         patches, tokens, covered = self.batch
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            painted = paint(self.model, patches, tokens, covered)
-        original = patches[torch.arange(len(patches)), covered]
-        loss = self.loss(self.model.pixels(painted), self.model.pixels(original))
+            inpainted = self.model.inpaint(patches, tokens, covered)
+        original = patches[torch.arange(len(patches)), covered[:, 0]]
+        loss = self.loss(self.model.pixels(original), self.model.pixels(inpainted))
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -137,9 +137,9 @@ def flops_per_step(depth: int) -> int:
     """Of the matrix products of a step; backward they are twice those of the forward pass."""
     model = InTraModel(depth=depth).to("meta")
     tokens, covered = model.tokens[:WINDOWS_PER_STEP], model.covered[:WINDOWS_PER_STEP]
-    patches = model.patchify(torch.empty(NUM_PICTURES, 3, *model.image_size, device="meta"))
+    patches = model.embed(torch.empty(1, 3, *model.image_size, device="meta"))
     with FlopCounterMode(display=False) as counter:
-        model.inpaint(patches, torch.zeros(len(tokens), dtype=torch.long, device="meta"), tokens, covered)
+        model.inpaint(patches[0, tokens], tokens, covered)
     return 3 * counter.get_total_flops()
 
 

@@ -2,7 +2,7 @@
 
 """Time of a training step of PatchAE by precision and by the memory format of its backbone.
 
-``python tests/benchmarks/patch_ae_training.py --backbones densenet169 resnet18 --output patch_ae_training.json``
+``python -m benchmarks.patch_ae_training --backbones densenet169 resnet18 --output patch_ae_training.json``
 
 Random weights and images; a step is what follows the artificial defects: network, loss, gradients, optimiser. All four
 rows of a backbone are timed in turns, in CPU seconds of one thread unless told otherwise; they hold on a machine that
@@ -39,8 +39,8 @@ def build_step(backbone: str, precision: str, memory_format: str, args: argparse
 
     def step() -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
-            reconstruction = module.model.decode(module.model.encode(images))
-        loss = module.loss(reconstruction.float(), images)
+            reconstruction = module.model.reconstruct(module.model.embed(images))
+        loss = module.loss(images, reconstruction)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -2,7 +2,7 @@
 
 """False-positive rates asked for against those measured, on training images and on normal images held out of them.
 
-``python tests/benchmarks/false_positive_rate.py --config padim.yaml --output rates``, with a configuration as for
+``python -m benchmarks.false_positive_rate --config padim.yaml --output rates``, with a configuration as for
 ``anomalib train``, such as::
 
     model:
@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from anomalib_recon.post_processing import FalsePositiveRatePostProcessor
 from anomalib_recon.post_processing.highest_scores import HighestScores
-from anomalib_recon.post_processing.normal_images import normal_images, score_images
+from anomalib_recon.training import normal_images, score_images
 
 Scores = dict[str, list[torch.Tensor]]
 

@@ -2,10 +2,10 @@
 
 """Resident memory and open files of a process while a model predicts thousands of images.
 
-``python -m tests.benchmarks.long_run --images 5000 --output long_run.json`` (from the root of the project)
+``python -m benchmarks.long_run --images 5000 --output long_run.json``
 
-Each model is a tiny one, trained for an epoch on drawn stripes of 64 x 64 pixels; one image is scored at a time, as
-``anomalib predict`` does, and no prediction is kept. Linux only. Writes the figures as JSON and prints them.
+Each model is a small one with random weights; one image of 64 x 64 pixels is scored at a time, as ``anomalib predict``
+does, and no prediction is kept. Linux only. Writes the figures as JSON and prints them.
 """
 
 import argparse
@@ -15,11 +15,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
 from lightning.pytorch.callbacks import Callback
 
-from tests.conftest import write_stripes
-from tests.robustness.conftest import TINY, build, data, engine_in
+from benchmarks.feature_cache import write_pictures
+from benchmarks.scale import MODELS, build
+
+IMAGE_SIZE = 64
 
 
 class Watch(Callback):
@@ -48,18 +51,20 @@ def copy_images(image: Path, folder: Path, count: int) -> Path:
 def predict(model: AnomalibModule, images: Path, folder: Path) -> Watch:
     """Predict all images of a folder, each in a batch of its own."""
     watch = Watch(len(list(images.iterdir())))
-    engine_in(folder, callbacks=[watch]).predict(model, data_path=images, return_predictions=False)
+    engine = Engine(
+        default_root_dir=folder, callbacks=[watch], accelerator="cpu", enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    engine.predict(model, data_path=images, return_predictions=False)
     return watch
 
 
 def measure(name: str, num_images: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        root = write_stripes(folder / "data")
-        model = build(name)
-        engine_in(folder).fit(model, datamodule=data(root))
-        images = copy_images(root / "stripes" / "test" / "hole" / "000.png", folder / "images", num_images)
-        watch = predict(model, images, folder)
+        write_pictures(folder / "picture", 1, IMAGE_SIZE)
+        images = copy_images(folder / "picture" / "000.png", folder / "images", num_images)
+        watch = predict(build(name, IMAGE_SIZE, "resnet18"), images, folder)
     return {
         "model": name,
         "images": num_images,
@@ -70,7 +75,7 @@ def measure(name: str, num_images: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=TINY, default=list(TINY))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--images", type=int, default=5000, help="at least 10")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()

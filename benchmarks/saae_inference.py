@@ -2,7 +2,7 @@
 
 """Throughput of SAAE's inference against that of its whole backbone.
 
-``python tests/benchmarks/saae_inference.py --threads 2 --latent_dim 200 --output saae_inference.json``
+``python -m benchmarks.saae_inference --threads 2 --latent_dim 200 --output saae_inference.json``
 
 The default ViT-B/16 at 384 x 384 pixels, random weights, fp32. SAAE runs four of its twelve blocks, and the
 autoencoder. The two are timed in turns, so that the ratio holds on a machine whose speed drifts. Writes the figures as
@@ -20,7 +20,7 @@ from pathlib import Path
 import timm
 import torch
 
-from anomalib_recon.models.components import BackboneNormalize
+from anomalib_recon.layers import BackboneNormalize
 from anomalib_recon.models.saae.torch_model import DEFAULT_BACKBONE, DEFAULT_IMAGE_SIZE, SAAEModel
 
 

@@ -2,7 +2,7 @@
 
 """Time of an epoch of ADTR and SAAE with features computed once, against features computed anew.
 
-``python tests/benchmarks/feature_cache.py --threads 2 --precision 32 bf16-mixed --output feature_cache.json``
+``python -m benchmarks.feature_cache --threads 2 --precision 32 bf16-mixed --output feature_cache.json``
 
 The default networks with the paper's batches, 16 images of 256 x 256 pixels for ADTR and 32 of 384 x 384 for SAAE, on
 pictures of noise. Without ``--backbone_weights`` the weights are random. Three trainings are timed:
@@ -12,8 +12,9 @@ pictures of noise. Without ``--backbone_weights`` the weights are random. Three 
 - ``once``: the default.
 
 An epoch is all that ``Engine.fit`` does from its start to that of the next one, checkpoints included. The first epoch,
-which fills the cache, is left out, and the last one, which nothing follows. CPU seconds are those of all threads, but
-not of worker processes; they hold on a machine that others use. Prints the figures and writes them as JSON.
+which warms up, is left out, and the last one, which nothing follows. What comes before the first epoch, the cache
+included, is ``start``. CPU seconds are those of all threads, but not of worker processes; they hold on a machine that
+others use. Prints the figures and writes them as JSON.
 """
 
 import argparse
@@ -36,27 +37,40 @@ from torchvision.io import encode_png, write_file
 
 from anomalib_recon.files import write_whole
 from anomalib_recon.models import ADTR, SAAE
-from anomalib_recon.models.components import ValidationAtEnd
+from anomalib_recon.training import EndOfFit
 
 MODELS: dict[str, type[ADTR | SAAE]] = {"ADTR": ADTR, "SAAE": SAAE}
 BATCH_SIZES = {"ADTR": 16, "SAAE": 32}
 
 
 class EpochTimer(Callback):
-    """Notes wall and CPU seconds from the start of each epoch to that of the next one."""
+    """Notes wall and CPU seconds before the first epoch, and from the start of each epoch to that of the next one."""
 
     def __init__(self) -> None:
         self._starts: list[tuple[float, float]] = []
 
+    def setup(self, trainer, pl_module, stage) -> None:
+        self._note()
+
     def on_train_epoch_start(self, trainer, pl_module) -> None:
+        self._note()
+
+    def _note(self) -> None:
         self._starts.append((time.perf_counter(), time.process_time()))
 
-    @property
-    def seconds(self) -> dict[str, list[float]]:
+    def _parts(self) -> dict[str, list[float]]:
         wall, cpu = zip(*self._starts, strict=True)
         return {
             name: [end - start for start, end in pairwise(times)] for name, times in {"wall": wall, "cpu": cpu}.items()
         }
+
+    @property
+    def start(self) -> dict[str, float]:
+        return {name: parts[0] for name, parts in self._parts().items()}
+
+    @property
+    def seconds(self) -> dict[str, list[float]]:
+        return {name: parts[1:] for name, parts in self._parts().items()}
 
 
 def write_pictures(folder: Path, count: int, side: int) -> None:
@@ -76,12 +90,12 @@ def write_masks(folder: Path, count: int, side: int) -> None:
 
 
 def validate_after_each_epoch(model: AnomalibModule) -> None:
-    callbacks = [part for part in model.configure_callbacks() if not isinstance(part, ValidationAtEnd)]
+    callbacks = [part for part in model.configure_callbacks() if not isinstance(part, EndOfFit)]
     model.configure_callbacks = lambda: callbacks
 
 
 def time_epochs(name: str, training: str, precision: str, args: argparse.Namespace, root: Path) -> dict[str, Any]:
-    """Train; the results are the seconds of the epochs but the last, the first one first."""
+    """Train, and note the seconds of the start and of the epochs but the last, the first one first."""
     seed_everything(0)
     arguments: dict[str, Any] = {"pre_trained": False, "visualizer": False}
     if training != "once":
@@ -104,7 +118,7 @@ def time_epochs(name: str, training: str, precision: str, args: argparse.Namespa
         default_root_dir=root / "results", max_epochs=args.epochs, precision=precision, accelerator="cpu",
         callbacks=[timer], enable_progress_bar=False, enable_model_summary=False,
     ).fit(model, datamodule=datamodule)  # fmt: skip
-    return timer.seconds
+    return {"start": timer.start, "seconds": timer.seconds}
 
 
 def main() -> None:
@@ -138,9 +152,10 @@ def main() -> None:
         for name in args.models:
             for precision in args.precision:
                 for training in args.trainings:
-                    seconds = time_epochs(name, training, precision, args, root)
-                    row = {"model": name, "precision": precision, "training": training, "seconds": seconds}
-                    row |= {f"median_{key}": round(statistics.median(values[1:]), 2) for key, values in seconds.items()}
+                    times = time_epochs(name, training, precision, args, root)
+                    row = {"model": name, "precision": precision, "training": training, **times}
+                    for key, values in times["seconds"].items():
+                        row[f"median_{key}"] = round(statistics.median(values[1:]), 2)
                     figures["rows"].append(row)
                     print(json.dumps(row), flush=True)
                     if args.output:

@@ -14,16 +14,18 @@ import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 
-from anomalib_recon.quickstart import config_path
-from anomalib_recon.reproduce.__main__ import main
-from anomalib_recon.reproduce.summary import markdown, missing, summarise
-from anomalib_recon.reproduce.table import read_table, table_names
+from anomalib_recon import models
+from anomalib_recon.config_files import config_path
+from anomalib_recon.experiments.reproduce.__main__ import main
+from anomalib_recon.experiments.reproduce.summary import markdown, missing, summarise
+from anomalib_recon.experiments.reproduce.table import read_table, table_names
+from anomalib_recon.models.intra.torch_model import check_sizes
 
 COMMON = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--data.num_workers", "0"]
 INTRA = [
     "--model.patch_size", "8", "--model.window_size", "5", "--model.embed_dim", "16", "--model.depth", "2",
     "--model.num_heads", "2", "--model.windows_per_image", "10", "--model.image_size", "64",
-    "--trainer.max_epochs", "3", "--trainer.callbacks+=tests.test_reproduce.StopOnce",
+    "--trainer.max_epochs", "3", "--trainer.callbacks+=tests.experiments.test_reproduce.StopOnce",
 ]  # fmt: skip
 VIT = ["--model.backbone", "vit_tiny_patch16_224", "--model.pre_trained", "false", "--model.image_size", "64"]
 ADTR = [
@@ -73,11 +75,53 @@ def test_overrides_are_arguments_of_the_model_and_the_trainer(name: str) -> None
     for row in table.rows.values():
         assert row.after is None or row.after in table.rows
         for category in (*table.categories_of(row), "mine"):
-            config = yaml.safe_load(config_path(row.config_for(category)).read_text())
+            config = yaml.safe_load(config_path(row.config).read_text())
             model = getattr(anomalib.models, config["model"]["class_path"].split(".")[-1])
             for argument in table.overrides_of(row, category):
                 part, _, parameter = argument.partition(".")
                 assert parameter in inspect.signature({"model": model, "trainer": Trainer}[part]).parameters
+
+
+def values(table: str, argument: str) -> dict[str, int]:
+    """Value of an argument in the first row of a table, for each category."""
+    content = read_table(table)
+    row = next(iter(content.rows.values()))
+    return {name: content.overrides_of(row, name)[argument] for name in content.dataset.categories}
+
+
+def test_categories_have_the_values_of_the_papers() -> None:
+    sizes = {  # table 1 of version 3
+        256: {"grid", "bottle", "cable", "hazelnut", "metal_nut", "toothbrush", "transistor"},
+        320: {"capsule", "screw"},
+        512: {"carpet", "leather", "tile", "wood", "pill", "zipper"},
+    }
+    expected = {category: size for size, categories in sizes.items() for category in categories}
+    assert values("intra_v3", "model.image_size") == expected
+    # table A.7 of version 1
+    assert values("intra_v1", "model.image_size") == {**expected, "grid": 512, "wood": 320}
+    for size in sizes:
+        check_sizes((size, size), patch_size=16, window_size=7)
+
+    ratios = values("saae", "model.mlp_ratio")
+    assert {name for name, ratio in ratios.items() if ratio == 1} == {"carpet", "grid", "leather", "tile", "wood"}
+    assert set(ratios.values()) == {1, 2}
+
+
+@pytest.mark.parametrize("name", ["intra_v1_ablations", "intra_v3_ablations"])
+def test_ablations_of_intra_are_trained_for_a_fixed_number_of_epochs(name: str) -> None:
+    table = read_table(name)
+    for row in table.rows.values():
+        for category in table.dataset.categories:
+            overrides = table.overrides_of(row, category)
+            assert overrides["model.patience"] >= overrides["trainer.max_epochs"]
+
+
+@pytest.mark.parametrize("row", ["ResNet-18", "ResNet-34"])
+def test_ablations_of_adtr_take_the_four_layers_of_torchvision(row: str) -> None:
+    table = read_table("adtr_ablations")
+    arguments = table.overrides_of(table.rows[row], "screw")
+    model = models.ADTR(pre_trained=False, **{name.removeprefix("model."): value for name, value in arguments.items()})
+    assert list(model.model.backbone.num_channels) == [64, 128, 256, 512]
 
 
 def test_an_interrupted_call_continues_and_a_finished_one_is_skipped(

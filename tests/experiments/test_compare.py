@@ -16,11 +16,11 @@ from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
 from PIL import Image
 from sklearn.metrics import f1_score, roc_auc_score
 
-from anomalib_recon.compare.__main__ import main
-from anomalib_recon.compare.plots import chosen_cases
-from anomalib_recon.compare.runs import read_runs
-from anomalib_recon.compare.scores import Scores
-from anomalib_recon.quickstart import config_path
+from anomalib_recon.config_files import config_path
+from anomalib_recon.experiments.compare.__main__ import main
+from anomalib_recon.experiments.compare.plots import chosen_cases
+from anomalib_recon.experiments.compare.runs import read_runs
+from anomalib_recon.experiments.compare.scores import Scores
 
 SMALL = {
     "image_size": 64, "patch_size": 8, "window_size": 5, "embed_dim": 16, "depth": 2, "num_heads": 2,

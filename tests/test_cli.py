@@ -16,7 +16,7 @@ from anomalib.pipelines.tiled_ensemble import EvalTiledEnsemble, TrainTiledEnsem
 from jsonargparse import Namespace
 from sklearn.metrics import roc_auc_score
 
-from anomalib_recon.compare.benchmark import MixedBenchmark
+from anomalib_recon.experiments.compare.benchmark import MixedBenchmark
 from anomalib_recon.models import InTra
 from tests.conftest import write_stripes
 

@@ -1,33 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import inspect
+import re
+from importlib.util import find_spec
 
 import pytest
+import timm
 import yaml
 from anomalib.cli.cli import AnomalibCLI
 
-from anomalib_recon.models import ADTR, InTra, PatchAE
-from anomalib_recon.models.intra.torch_model import check_sizes
-from anomalib_recon.quickstart import config_path
-
-# table 1 of version 3
-IMAGE_SIZES = {
-    256: {"grid", "bottle", "cable", "hazelnut", "metal_nut", "toothbrush", "transistor"},
-    320: {"capsule", "screw"},
-    512: {"carpet", "leather", "tile", "wood", "pill", "zipper"},
-}
+from anomalib_recon.config_files import config_path
+from anomalib_recon.models import ADTR, SAAE, InTra, PatchAE
 
 
 def read(name: str) -> dict:
     return yaml.safe_load(config_path(name).read_text())
-
-
-def test_every_mvtec_category_has_the_image_size_of_the_paper() -> None:
-    configs = [yaml.safe_load(path.read_text()) for path in sorted(config_path("mvtec_ad/intra").glob("*.yaml"))]
-    sizes = {config["data"]["init_args"]["category"]: config["model"]["init_args"]["image_size"] for config in configs}
-    assert sizes == {category: size for size, categories in IMAGE_SIZES.items() for category in categories}
-    for size in IMAGE_SIZES:
-        check_sizes((size, size), patch_size=16, window_size=7)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +22,7 @@ def test_every_mvtec_category_has_the_image_size_of_the_paper() -> None:
     [
         (InTra, "model/intra.yaml", {"image_size": 256}),
         (ADTR, "model/adtr.yaml", {"image_size": 256, "feature_size": 16}),
+        (SAAE, "model/saae.yaml", {"image_size": 384}),
         (PatchAE, "model/patch_ae.yaml", {"image_size": 256}),
     ],
 )
@@ -56,12 +44,15 @@ def test_the_paper_config_states_the_defaults(model: type, name: str, given: dic
     [
         ("model/intra.yaml", ["--data", "DemoAD", "--model.depth", "1", "--model.embed_dim", "16"]),
         ("quickstart/intra.yaml", ["--model.depth", "1", "--model.embed_dim", "16"]),
-        ("mvtec_ad/intra/screw.yaml", ["--model.depth", "1", "--model.embed_dim", "16"]),
         ("model/adtr.yaml", ["--data.category", "screw", "--model.pre_trained", "false"]),
         ("model/adtr_512.yaml", ["--model.pre_trained", "false"]),
         ("model/adtr_cifar10.yaml", ["--data.normal_class", "dog", "--model.pre_trained", "false"]),
         ("model/adtr_plus.yaml", ["--model.normal_checkpoint", "model.ckpt", "--model.pre_trained", "false"]),
         ("model/adtr_plus_cifar10.yaml", ["--model.normal_checkpoint", "model.ckpt", "--model.pre_trained", "false"]),
+        (
+            "model/saae.yaml",
+            ["--data", "DemoAD", "--model.backbone", "vit_tiny_patch16_224", "--model.pre_trained", "false"],
+        ),
         ("model/patch_ae.yaml", ["--data", "DemoAD", "--model.backbone", "resnet18", "--model.pre_trained", "false"]),
     ],
 )
@@ -69,3 +60,20 @@ def test_anomalib_reads_the_configs(name: str, arguments: list[str]) -> None:
     # arguments are checked and objects built; `run=False` stops before training
     cli = AnomalibCLI(["train", "--config", str(config_path(name)), *arguments], run=False)
     assert type(cli.model).__name__ == read(name)["model"]["class_path"].split(".")[-1]
+
+
+def test_the_weights_that_configs_name_can_be_had() -> None:
+    text = "".join(path.read_text() for path in sorted(config_path("").rglob("*.yaml")))
+    backbones = set(re.findall(r"backbone: ([\w.]+)", text))
+    assert len(backbones) > 5
+    with_weights = {*timm.list_pretrained(), *(name.split(".")[0] for name in timm.list_pretrained())}
+    assert backbones <= with_weights
+
+
+def test_the_commands_in_configs_name_what_there_is() -> None:
+    for path in sorted(config_path("").rglob("*.yaml")):
+        text = path.read_text()
+        for module in re.findall(r"python -m ([\w.]+)", text):
+            assert find_spec(module), (path, module)
+        for config in re.findall(r"--config (?:configs/)?(\S+\.yaml)", text):
+            assert config_path(config).exists(), (path, config)

@@ -2,28 +2,27 @@
 
 """Choose the image size of InTra by the rule of section 4.1.
 
-Each candidate size is trained, and the best held-out losses (averaged over the five epochs before and after) are
-compared: the next larger size is taken only while it is better by at least 1e-4.
-
-Example:
-    ``python -m anomalib_recon.experiments.image_size --data MVTecAD --data.category screw``
-
-    prints the table of losses and writes a config for ``anomalib train --config``. All arguments of ``anomalib train``
-    for model, data and trainer are accepted. The same command continues an interrupted run.
+Each size is trained for a fixed number of epochs, and the best held-out losses (averaged over the five epochs before
+and after) are compared: the next larger size is taken only while it is better by at least 1e-4. All sizes hold out the
+same images. Further arguments are those of `anomalib train` for model, data and trainer, such as --data MVTecAD
+--data.category screw. Prints the losses, and writes a config for `anomalib train --config`. An interrupted call
+continues: what is finished is not trained again. One device is used unless --trainer.devices says otherwise.
 """
 
-import json
-import os
-from collections.abc import Sequence
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from anomalib.data import AnomalibDataModule
-from anomalib.engine import Engine
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
-from lightning.pytorch import Trainer, seed_everything
+import yaml
+from anomalib.cli.cli import AnomalibCLI
 
 from anomalib_recon.files import write_whole
-from anomalib_recon.models import InTra
+from anomalib_recon.training import HeldOutImages
+
+from .training import check_settings, run_once, train
 
 MIN_IMPROVEMENT = 1e-4
 EPOCHS_AROUND_BEST = 5
@@ -43,95 +42,109 @@ def best_held_out_loss(losses: Sequence[float]) -> float:
     return sum(around) / len(around)
 
 
-def next_is_better(loss: float, next_loss: float) -> bool:
-    """Whether the loss of the next larger size is lower by at least ``MIN_IMPROVEMENT``."""
-    return loss - next_loss >= MIN_IMPROVEMENT
-
-
-def held_out_losses(config: Namespace, parser: ArgumentParser, image_size: int) -> list[float]:
-    """Train one size, or read the losses of an earlier run that has finished it.
+def choose(sizes: Sequence[int], loss_of: Callable[[int], float]) -> tuple[int, dict[int, float]]:
+    """Take the next larger size while its loss is lower by at least ``MIN_IMPROVEMENT``.
 
     Args:
-        config (Namespace): Parsed arguments.
-        parser (ArgumentParser): The parser that made them.
-        image_size (int): Height and width, in pixels.
+        sizes (Sequence[int]): Image sizes, the smallest first.
+        loss_of (Callable[[int], float]): Trains a size, and returns its loss.
 
     Returns:
-        list[float]: Held-out loss of each epoch.
+        tuple[int, dict[int, float]]: The size, and the losses of those that were trained.
     """
-    folder = Path(config.output) / str(image_size)
-    result = folder / "held_out_losses.json"
-    if result.exists():
-        return json.loads(result.read_text())
-
-    seed_everything(config.seed_everything)
-    objects = parser.instantiate_classes(with_image_size(config, image_size, patience=config.epochs))
-    trainer_arguments = {key: value for key, value in objects.trainer.items() if value is not None}
-    # the rule needs no thresholds
-    trainer_arguments |= {"max_epochs": config.epochs, "limit_val_batches": 0, "default_root_dir": folder}
-    checkpoints = sorted(folder.rglob("model.ckpt"), key=os.path.getmtime)
-    engine = Engine(**trainer_arguments)
-    engine.fit(objects.model, datamodule=objects.data, ckpt_path=checkpoints[-1] if checkpoints else None)
-
-    write_whole(result, json.dumps(objects.model.held_out_losses).encode())
-    return objects.model.held_out_losses
+    chosen, losses = sizes[0], {}
+    for size in sizes:
+        losses[size] = loss_of(size)
+        if size != chosen and losses[chosen] - losses[size] < MIN_IMPROVEMENT:
+            break
+        chosen = size
+    return chosen, losses
 
 
-def with_image_size(config: Namespace, image_size: int, **init_args: int) -> Namespace:
-    """Copy of the arguments with the image size, and other arguments, of the model set."""
-    config = config.clone()
-    config.model.init_args.update(Namespace(image_size=image_size, **init_args))
-    return config
+def read_config(arguments: Sequence[str]) -> dict[str, Any]:
+    """Read arguments of ``anomalib train`` as a config, and refuse those that model or data cannot take.
+
+    Args:
+        arguments (Sequence[str]): The arguments.
+
+    Returns:
+        dict[str, Any]: ``model``, ``data`` and ``trainer`` as plain data.
+    """
+    cli = AnomalibCLI(["train", *arguments], run=False)
+    text = cli.subcommand_parsers["train"].dump(cli.config["train"], skip_none=True, skip_default=True)
+    config = yaml.safe_load(text)
+    return {key: config[key] for key in ("model", "data", "trainer") if key in config}
 
 
-def build_parser() -> ArgumentParser:
+def train_size(arguments: Sequence[str], epochs: int, folder: Path, seed: int) -> dict[str, list[float]]:
+    """Train one size.
+
+    Args:
+        arguments (Sequence[str]): Arguments of ``anomalib train``.
+        epochs (int): Number of epochs.
+        folder (Path): Folder of this training alone.
+        seed (int): Seed.
+
+    Returns:
+        dict[str, list[float]]: ``held_out_losses``, that of each epoch.
+    """
+    schedule = [f"--trainer.max_epochs={epochs}", f"--model.patience={epochs}"]
+    without_thresholds = "--trainer.limit_val_batches=0"
+    trained = train([*arguments, *schedule, without_thresholds], folder, seed)
+    callbacks = trained.engine.trainer.callbacks  # type: ignore[attr-defined]
+    [held_out] = (callback for callback in callbacks if isinstance(callback, HeldOutImages))
+    return {"held_out_losses": held_out.losses}
+
+
+def build_parser() -> argparse.ArgumentParser:
     """Parser of the command."""
-    parser = ArgumentParser(description="Choose the image size of InTra by its held-out loss.")
-    parser.add_argument("-c", "--config", action=ActionConfigFile, help="Config file, as of `anomalib train`.")
-    parser.add_argument("--image_sizes", type=list[int], default=[256, 320, 512], help="Candidate sizes, in pixels.")
-    parser.add_argument("--epochs", type=int, default=200, help="Epochs of training for each size.")
-    parser.add_argument("--output", type=Path, default=Path("results/intra_image_size"), help="Folder for all results.")
-    parser.add_argument("--seed_everything", type=int, default=42, help="Seed.")
-    parser.add_subclass_arguments(InTra, "model", required=False)
-    parser.set_defaults(model={"class_path": "anomalib_recon.models.InTra"})
-    parser.add_subclass_arguments(AnomalibDataModule, "data", required=True)
-    parser.add_class_arguments(Trainer, "trainer", fail_untyped=False, instantiate=False, sub_configs=True)
+    assert __doc__
+    parser = argparse.ArgumentParser(
+        "python -m anomalib_recon.experiments.image_size", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--image_sizes", type=int, nargs="+", default=[256, 320, 512], help="sizes in pixels (default: 256 320 512)"
+    )
+    parser.add_argument("--epochs", type=int, default=200, help="epochs of training for each size (default: 200)")
+    parser.add_argument("--output", type=Path, default=Path("results/intra_image_size"), help="folder of all results")
+    parser.add_argument("--seed", type=int, default=0, help="seed of each training (default: 0)")
     return parser
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Train the candidate sizes, print their losses and the choice, and write its config.
+    """Train the sizes, print their losses and the choice, and write its config.
 
     Args:
         args (Sequence[str] | None): Command-line arguments; those of the process by default.
 
     Returns:
         int: The chosen image size, in pixels.
+
+    Raises:
+        ValueError: If a size does not fit the model, or ``--output`` holds trainings with other settings.
     """
-    parser = build_parser()
-    config = parser.parse_args(args)
-    sizes = sorted(config.image_sizes)
-    for size in sizes:  # a size that does not fit the model is refused before the first is trained
-        parser.instantiate_classes(with_image_size(config, size))
+    options, further = build_parser().parse_known_args(args)
+    sizes = sorted(set(options.image_sizes))
+    arguments = {size: ["--model", "InTra", *further, f"--model.image_size={size}"] for size in sizes}
+    configs = {size: read_config(arguments[size]) for size in sizes}
+    settings = {size: {**configs[size], "epochs": options.epochs, "seed": options.seed} for size in sizes}
+    for size in sizes:  # refused before hours of training, not after
+        check_settings(options.output / str(size), settings[size])
 
-    chosen, losses = sizes[0], {}
-    for size in sizes:
-        losses[size] = best_held_out_loss(held_out_losses(config, parser, size))
-        if size != chosen and not next_is_better(losses[chosen], losses[size]):
-            break
-        chosen = size
+    def loss_of(size: int) -> float:
+        folder = options.output / str(size)
+        run = partial(train_size, arguments[size], options.epochs, folder, options.seed)
+        return best_held_out_loss(run_once(folder, settings[size], run)["held_out_losses"])
 
+    chosen, losses = choose(sizes, loss_of)
     print("image size  held-out loss")
     for size, loss in losses.items():
         print(f"{size:>10}  {loss:.6f}{'  <- chosen' if size == chosen else ''}")
-    path = Path(config.output) / "intra.yaml"
-    ready = with_image_size(config, chosen)
-    for key in ("config", "image_sizes", "epochs", "output"):
-        ready.pop(key, None)
-    write_whole(path, parser.dump(ready, skip_none=True, skip_default=True, skip_check=True).encode())
+    path = options.output / "intra.yaml"
+    write_whole(path, yaml.safe_dump(configs[chosen], sort_keys=False).encode())
     print(f"anomalib train --config {path}")
     return chosen
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

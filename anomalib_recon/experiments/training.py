@@ -100,14 +100,39 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         settings (Mapping[str, Any]): All that its result depends on, as plain data.
 
     Raises:
-        ValueError: If the folder holds a run with other settings.
+        ValueError: If the folder holds a run with other settings, or one whose settings are not known.
     """
-    earlier = read_json(folder / "settings.json")
-    is_begun = any(folder.rglob("*.ckpt"))  # a run that failed at once, by a mistyped argument, may be corrected
-    if earlier is not None and is_begun and earlier != json.loads(json.dumps(settings)):
-        different = sorted(key for key in settings if earlier.get(key) != settings[key])
+    # a run that failed at once, by a mistyped argument, may be corrected
+    if not (folder / "result.json").exists() and not any(folder.rglob("*.ckpt")):
+        return
+    earlier, settings = read_json(folder / "settings.json") or {}, json.loads(json.dumps(settings))
+    different = sorted(key for key in {*earlier, *settings} if earlier.get(key) != settings.get(key))
+    if different:
         msg = (
             f"{folder} holds a run with other settings ({', '.join(different)}; see its settings.json): "
             "choose another --output, or remove that folder."
         )
         raise ValueError(msg)
+
+
+def run_once(folder: Path, settings: Mapping[str, Any], run: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """Read the result of a run, or do it if it has not been finished.
+
+    Args:
+        folder (Path): Folder of the run, with ``settings.json`` and, in the end, ``result.json``.
+        settings (Mapping[str, Any]): All that the result depends on, as plain data.
+        run (Callable[[], Mapping[str, Any]]): Does the run, and returns the result as plain data.
+
+    Returns:
+        dict[str, Any]: The result.
+
+    Raises:
+        ValueError: See :func:`check_settings`.
+    """
+    check_settings(folder, settings)
+    result = read_json(folder / "result.json")
+    if result is None:
+        write_json(folder / "settings.json", settings)
+        result = dict(run())
+        write_json(folder / "result.json", result)
+    return result

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Many images leave neither memory nor files behind; ``tests/benchmarks/long_run.py`` measures thousands."""
+"""Many images leave neither memory nor files behind; ``benchmarks/long_run.py`` measures thousands."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from anomalib.models import AnomalibModule
 
-from tests.benchmarks.long_run import copy_images, predict
+from benchmarks.long_run import copy_images, predict
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

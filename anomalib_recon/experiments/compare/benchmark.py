@@ -2,9 +2,9 @@
 
 """``anomalib benchmark`` for models that differ in their arguments or metrics.
 
-``python -m anomalib_recon.experiments.compare.benchmark --config configs/compare/benchmark.yaml`` takes the configs of ``anomalib
-benchmark`` and writes the same files. anomalib 2.7 fills a table with the columns of its first job, and fails after all
-trainings when a later job has other arguments or metrics, as ours have beside the built-in models.
+``python -m anomalib_recon.experiments.compare.benchmark --config configs/compare/benchmark.yaml`` takes the configs of
+``anomalib benchmark`` and writes the same files. anomalib 2.7 fills a table with the columns of its first job, and
+fails after all trainings when a later job has other arguments or metrics, as ours have beside the built-in models.
 """
 
 from typing import Any

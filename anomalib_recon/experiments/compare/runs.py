@@ -19,8 +19,8 @@ from anomalib_recon.experiments.training import (
     check_settings,
     hardware,
     read_json,
+    run_once,
     train,
-    write_json,
 )
 from anomalib_recon.files import write_whole
 from anomalib_recon.metrics import RawScoreEvaluator
@@ -83,16 +83,13 @@ class Run:
         Leaves ``result.json``, ``scores.npz``, ``cases.png`` and the exported model in the folder, and ``formats.json``
         if formats are measured.
         """
-        if self.result is not None:
-            return
+        run_once(self.folder, self.settings, self._train_and_measure)
+
+    def _train_and_measure(self) -> dict[str, Any]:
         print(f"\n{self.model} on {self.data}", flush=True)
-        write_json(self.folder / "settings.json", self.settings)
         config = self.folder / "config.yaml"
         write_whole(config, yaml.safe_dump(dict(self.config), sort_keys=False).encode())
         trained = train(["--config", str(config), *self.arguments], self.folder, self.seed, _prepare)
-        write_json(self.folder / "result.json", self._measure(trained))
-
-    def _measure(self, trained: Trained) -> dict[str, Any]:
         scores, maps, masks = score(trained)  # before the test, which takes the training's data from the trainer
         [metrics] = trained.engine.test(trained.model, datamodule=trained.datamodule)
         threshold = cast("PostProcessor", trained.model.post_processor).image_threshold.item()

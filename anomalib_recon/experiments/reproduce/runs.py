@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from anomalib_recon.config_files import config_path
-from anomalib_recon.experiments.training import check_settings, hardware, read_json, train, write_json
+from anomalib_recon.experiments.training import check_settings, hardware, read_json, run_once, train
 
 from .table import Row, Table
 
@@ -64,18 +64,20 @@ class Runs:
             first = self.table.rows[row.after]
             start = self.run(first, category)
             start["checkpoint"] = self.folder_of(first, category) / start["checkpoint"]
-        finished = self.result(row, category)
-        if finished is not None:
-            return finished
+        return run_once(
+            self.folder_of(row, category),
+            self._settings(row, category),
+            lambda: self._train_and_test(row, category, start),
+        )
 
+    def _train_and_test(self, row: Row, category: str, start: dict[str, Any]) -> dict[str, Any]:
         folder = self.folder_of(row, category)
         print(f"\n{self.table.name}: {row.name} on {category}", flush=True)
-        write_json(folder / "settings.json", self._settings(row, category))
         trained = train(self._arguments(row, category, start), folder, self.seed)
         [metrics] = trained.engine.test(trained.model, datamodule=trained.datamodule)
         checkpoint = Path(trained.engine.best_model_path or "").resolve().relative_to(folder.resolve())
         plain = {key: value for key, value in trained.model.hparams.items() if isinstance(value, int | float | str)}
-        result = {
+        return {
             "metrics": metrics,
             "training_seconds": trained.seconds,
             "hardware": hardware(trained.engine.trainer),
@@ -83,12 +85,10 @@ class Runs:
             "checkpoint": str(checkpoint),
             "hyper_parameters": plain,
         }
-        write_json(folder / "result.json", result)
-        return result
 
     def _settings(self, row: Row, category: str) -> dict[str, Any]:
         return {
-            "config": yaml.safe_load(config_path(row.config_for(category)).read_text()),
+            "config": yaml.safe_load(config_path(row.config).read_text()),
             "overrides": self.table.overrides_of(row, category),
             "arguments": list(self.arguments),
             "seed": self.seed,
@@ -96,7 +96,7 @@ class Runs:
 
     def _arguments(self, row: Row, category: str, start: dict[str, Any]) -> list[str]:
         dataset = self.table.dataset
-        config = config_path(row.config_for(category))
+        config = config_path(row.config)
         arguments = ["--config", str(config)]
         if "data" not in yaml.safe_load(config.read_text()):
             arguments += ["--data", dataset.class_path]

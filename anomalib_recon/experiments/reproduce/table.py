@@ -70,10 +70,11 @@ class Row:
 
     Attributes:
         name (str): Its name.
-        config (str): Config of ``anomalib train`` inside the folder ``configs``; ``{category}`` stands for its name.
-        config_of_other_categories (str | None): Config for categories that have none of their own.
+        config (str): Config of ``anomalib train``, inside the folder ``configs``.
+        categories (str | None): File inside the folder ``configs`` with the arguments in which categories, or groups of
+            them, differ from the config.
         after (str | None): Row whose training has to come first.
-        overrides (Mapping[str, Any]): Arguments of ``anomalib train`` that differ from the config. In texts,
+        overrides (Mapping[str, Any]): Arguments of ``anomalib train`` in which the row differs from that. In texts,
             ``{checkpoint}`` and the names of hyper-parameters stand for those of the row ``after``.
         overrides_for (Mapping[str, Mapping[str, Any]]): The same for a category or a group of categories.
         figures_of_the_paper (Mapping[str, Mapping[str, float]]): For each metric, the paper's figures in percent of
@@ -82,18 +83,11 @@ class Row:
 
     name: str
     config: str
-    config_of_other_categories: str | None = None
+    categories: str | None = None
     after: str | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
     overrides_for: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     figures_of_the_paper: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-    def config_for(self, category: str) -> str:
-        """Config of a category, inside the folder ``configs``."""
-        config = self.config.format(category=category)
-        if self.config_of_other_categories and not config_path(config).exists():
-            return self.config_of_other_categories
-        return config
 
     def figure(self, metric: str, category: str) -> float | None:
         """The paper's figure of a category or group in percent, or ``None`` where it has none."""
@@ -129,10 +123,11 @@ class Table:
     def overrides_of(self, row: Row, category: str) -> dict[str, Any]:
         """Arguments of ``anomalib train`` for a row and category that differ from its config."""
         groups = [group for group, categories in self.dataset.groups.items() if category in categories]
-        overrides = dict(row.overrides)
-        for name in (*groups, category):
-            overrides |= row.overrides_for.get(name, {})
-        return overrides
+        names = (*groups, category)
+        shared = yaml.safe_load(config_path(row.categories).read_text()) if row.categories else {}
+        parts = [*(shared.get(name, {}) for name in names), row.overrides]
+        parts += [row.overrides_for.get(name, {}) for name in names]
+        return {argument: value for part in parts for argument, value in part.items()}
 
 
 def table_names() -> list[str]:

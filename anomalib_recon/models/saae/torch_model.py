@@ -29,7 +29,7 @@ from anomalib_recon.layers import check_whole, create_dense_features
 from .anomaly_map import AnomalyMapGenerator, Distance
 from .autoencoder import SelfAttentionAutoencoder
 
-DEFAULT_BACKBONE = "vit_base_patch16_384.augreg_in21k_ft_in1k"
+DEFAULT_BACKBONE = "vit_base_patch16_384.orig_in21k_ft_in1k"
 DEFAULT_IMAGE_SIZE = (384, 384)
 
 
@@ -41,7 +41,7 @@ class SAAEModel(nn.Module):
 
     Args:
         backbone (str): Vision transformer or CNN of timm, with or without the tag of its weights.
-            Defaults to ``"vit_base_patch16_384.augreg_in21k_ft_in1k"``.
+            Defaults to ``"vit_base_patch16_384.orig_in21k_ft_in1k"``.
         layers (Sequence[str] | None): Layers whose outputs are concatenated. Of a vision transformer ``"patch_embed"``,
             ``"blocks.0"``, ``"blocks.1"`` and so on; of a CNN timm's stages, or any modules. ``None`` stands for the
             linear projection and the first four blocks, or for all stages of a CNN.

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""How time and memory of the models grow with the images, with their number, and with the bank of normal features.
+
+``python -m benchmarks.scale --output scale``
+
+1. ``image_size``: time to score an image, and the extra memory at the peak, over the side of the image.
+2. ``num_images``: time of an epoch, from its start to that of the next one and without the first, over the number
+   of training images.
+3. ``bank``: time to find the nearest vectors of an image's 32 x 32 cells over the size of the bank, for PatchAE and
+   for anomalib's PatchCore.
+
+Small networks by default, with random weights (``--backbone`` chooses another), on noise, in fp32. Times are CPU
+seconds, in one thread unless told otherwise; they hold on a machine that others use. Linux only. Writes the figures of
+each part as JSON and its plot as PNG, under the name of the part.
+"""
+
+import argparse
+import ctypes
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from anomalib.data import Folder
+from anomalib.engine import Engine
+from anomalib.models import AnomalibModule
+from lightning import seed_everything
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+
+from anomalib_recon import models
+from anomalib_recon.files import write_whole
+from anomalib_recon.models.patch_ae.normal_bank import NormalBank
+from benchmarks.feature_cache import EpochTimer, write_pictures
+from benchmarks.patch_ae_search import GRID, build_patchcore, extra_memory
+
+MODELS: dict[str, dict[str, Any]] = {
+    "InTra": {"embed_dim": 96, "depth": 4, "num_heads": 4, "windows_per_image": 10},
+    "ADTR": {"embed_dim": 64, "depth": 2, "num_heads": 4, "mlp_dim": 128},
+    "SAAE": {"feature_stride": 16, "latent_dim": 20},
+    "PatchAE": {"embed_dim": 64, "coreset_ratio": 0.001},
+}
+PARTS = ("image_size", "num_images", "bank")
+BANK_SIZE = 10_000
+# of the bank whose size varies
+WIDTH = 512
+
+
+def build(name: str, image_size: int, backbone: str) -> AnomalibModule:
+    seed_everything(0, verbose=False)
+    arguments: dict[str, Any] = {**MODELS[name], "image_size": image_size, "visualizer": False}
+    if name != "InTra":
+        arguments |= {"backbone": backbone, "pre_trained": False}
+    module = getattr(models, name)(**arguments)
+    if name == "PatchAE":  # training would fill it
+        module.model.bank.fill(torch.rand(BANK_SIZE, MODELS[name]["embed_dim"]))
+    return module
+
+
+def cpu_seconds(function: Callable[[], object]) -> float:
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+@torch.inference_mode()
+def score_one(name: str, image_size: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Score an image; ``extra_mib`` is the peak over what is held before, in the first time."""
+    model: Any = build(name, image_size, args.backbone).model.eval()
+    image = torch.rand(1, 3, image_size, image_size)
+    ctypes.CDLL(None).malloc_trim(0)  # memory of earlier rows would not be counted when it is used again
+    extra = extra_memory(lambda: model(image))
+    times = [cpu_seconds(lambda: model(image)) for _ in range(args.turns)]
+    return {"model": name, "x": image_size, "extra_mib": round(extra), "seconds": statistics.median(times)}
+
+
+def train(name: str, num_images: int, args: argparse.Namespace) -> dict[str, Any]:
+    with TemporaryDirectory() as folder:
+        write_pictures(Path(folder) / "good", num_images, args.train_size)
+        datamodule = Folder(
+            name="noise", root=folder, normal_dir="good", normal_test_dir="good", train_batch_size=16, num_workers=0
+        )
+        timer = EpochTimer()
+        Engine(
+            default_root_dir=folder, max_epochs=3, accelerator="cpu", callbacks=[timer], limit_val_batches=0,
+            logger=False, enable_progress_bar=False, enable_model_summary=False,
+        ).fit(build(name, args.train_size, args.backbone), datamodule=datamodule)  # fmt: skip
+    epochs = timer.seconds["cpu"]
+    return {"model": name, "x": num_images, "epochs": epochs, "seconds": statistics.median(epochs[1:])}
+
+
+@torch.inference_mode()
+def search(num_vectors: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    vectors, features = torch.randn(num_vectors, WIDTH), torch.randn(1, WIDTH, *GRID)
+    bank = NormalBank(vectors_per_chunk=4096)
+    bank.fill(vectors)
+    searches = {"PatchAE": bank, "PatchCore": build_patchcore(vectors)}
+    turns = [{name: cpu_seconds(lambda s=s: s(features)) for name, s in searches.items()} for _ in range(args.turns)]
+    return [
+        {"model": name, "x": num_vectors, "seconds": statistics.median(turn[name] for turn in turns)}
+        for name in searches
+    ]
+
+
+def plot(path: Path, rows: list[dict[str, Any]], x_label: str, y_labels: dict[str, str]) -> None:
+    """Draw a line for each model, with both axes logarithmic; a panel for each key in ``y_labels``."""
+    figure = Figure(figsize=(3.6 * len(y_labels), 2.7), layout="constrained")
+    for axes, (key, y_label) in zip(figure.subplots(1, len(y_labels), squeeze=False)[0], y_labels.items(), strict=True):
+        for name in dict.fromkeys(row["model"] for row in rows):
+            points = [(row["x"], row[key]) for row in rows if row["model"] == name]
+            axes.loglog(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.set_xticks(sorted({row["x"] for row in rows}), minor=False)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=90)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--backbone", default="resnet18", help="CNN of timm for ADTR, SAAE and PatchAE")
+    parser.add_argument("--image_sizes", type=int, nargs="+", default=[128, 256, 384, 512])
+    parser.add_argument("--num_images", type=int, nargs="+", default=[16, 32, 64, 128])
+    parser.add_argument("--train_size", type=int, default=128, help="side of the training images, in pixels")
+    parser.add_argument("--bank_sizes", type=int, nargs="+", default=[1000, 3000, 10_000, 30_000, 100_000])
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, required=True, help="folder")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.output.mkdir(parents=True, exist_ok=True)
+    parts: dict[str, tuple[Callable[[], list[dict[str, Any]]], str, dict[str, str]]] = {
+        "image_size": (
+            lambda: [score_one(name, size, args) for name in args.models for size in args.image_sizes],
+            "side of the image, pixels",
+            {"seconds": "CPU seconds per image", "extra_mib": "extra memory, MiB"},
+        ),
+        "num_images": (
+            lambda: [train(name, count, args) for name in args.models for count in args.num_images],
+            "training images",
+            {"seconds": "CPU seconds per epoch"},
+        ),
+        "bank": (
+            lambda: [row for size in args.bank_sizes for row in search(size, args)],
+            "vectors in the bank",
+            {"seconds": "CPU seconds per image"},
+        ),
+    }
+    for name in args.parts:
+        measure, x_label, y_labels = parts[name]
+        rows = measure()
+        for row in rows:
+            print(json.dumps(row), flush=True)
+        figures = {
+            "machine": f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}",
+            "arguments": {key: str(value) for key, value in vars(args).items()},
+            "rows": rows,
+        }
+        write_whole(args.output / f"{name}.json", json.dumps(figures, indent=2).encode())
+        plot(args.output / f"{name}.png", rows, x_label, y_labels)
+
+
+if __name__ == "__main__":
+    main()

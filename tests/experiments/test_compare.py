@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+
+import json
+import re
+from pathlib import Path
+
+import anomalib.models
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from anomalib.cli.cli import AnomalibCLI
+from anomalib.data import get_datamodule
+from anomalib.models import AnomalibModule, get_model
+from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
+from PIL import Image
+from sklearn.metrics import f1_score, roc_auc_score
+
+from anomalib_recon.config_files import config_path
+from anomalib_recon.experiments.compare.__main__ import main
+from anomalib_recon.experiments.compare.plots import chosen_cases
+from anomalib_recon.experiments.compare.runs import read_runs
+from anomalib_recon.experiments.compare.scores import Scores
+
+SMALL = {
+    "image_size": 64, "patch_size": 8, "window_size": 5, "embed_dim": 16, "depth": 2, "num_heads": 2,
+    "windows_per_image": 10,
+}  # fmt: skip
+COMMON = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+
+
+@pytest.fixture(scope="module")
+def arguments(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments of a comparison of two models, one of which has been trained."""
+    folder = tmp_path_factory.mktemp("compare")
+    intra = {"class_path": "InTra", "init_args": SMALL}
+    data = {"root": str(stripes), "category": "stripes", "eval_batch_size": 4, "num_workers": 0}
+    config = {
+        "formats": True,
+        "models": {
+            "small InTra <1>": {"model": intra, "trainer": {"max_epochs": 1}},
+            "other": {"model": intra, "trainer": {"max_epochs": 2}},
+        },
+        "datasets": {"stripes": {"class_path": "MVTecAD", "init_args": data}},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["--config", str(folder / "config.yaml"), "--output", str(folder / "output"), *COMMON]
+    main([*arguments, "--models", "small InTra <1>"])
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def output(arguments: list[str]) -> Path:
+    return Path(arguments[3])
+
+
+@pytest.fixture(scope="module")
+def folder(output: Path) -> Path:
+    return output / "stripes" / "small_InTra_1_"
+
+
+def test_results_are_those_of_scikit_learn_on_the_saved_scores(output: Path, folder: Path) -> None:
+    [line] = pd.read_csv(output / "results.csv").to_dict("records")
+    scores = Scores.read(folder / "scores.npz")
+    assert [Path(path).parent.name == "hole" for path in scores.paths] == scores.labels.tolist()
+    assert line["image_AUROC"] == pytest.approx(roc_auc_score(scores.labels, scores.scores), abs=1e-6)
+    # the threshold is the score of an image up to rounding, and such an image is not above it
+    expected_f1 = f1_score(scores.labels, scores.scores > line["threshold"] * (1 + 1e-5))
+    assert line["image_F1Score"] == pytest.approx(expected_f1, abs=1e-6)
+    exported = folder / "formats" / "fp32" / "weights" / "openvino"
+    size = sum((exported / name).stat().st_size for name in ("model.xml", "model.bin"))
+    assert line["openvino_mb"] == pytest.approx(size / 1e6)
+    assert min(line["torch_ms"], line["openvino_ms"], line["training_seconds"]) > 0
+    assert 0 <= line["pixel_AUROC"] <= 1
+    assert 0 <= line["pixel_AUPRO"] <= 1
+
+
+def test_every_format_is_measured_on_raw_scores(output: Path, folder: Path) -> None:
+    rows = json.loads((folder / "formats.json").read_text())
+    int8 = ["int8 weights", "int8 weights, bf16", "int8 PTQ", "int8 PTQ, bf16"]
+    assert list(rows) == ["torch", "fp32", "bf16", "fp16", *int8]
+    [result] = pd.read_csv(output / "results.csv").to_dict("records")
+    for name in ("torch", "fp32"):
+        assert rows[name]["image_AUROC"] == pytest.approx(result["image_AUROC"], abs=1e-6)
+        assert rows[name]["pixel_AUROC"] == pytest.approx(result["pixel_AUROC"], abs=1e-4)
+    for name in ("bf16", "fp16", *int8):
+        assert rows[name]["image_AUROC"] == pytest.approx(result["image_AUROC"], abs=0.01)
+        assert rows[name]["pixel_AUROC"] == pytest.approx(result["pixel_AUROC"], abs=0.01)
+    assert rows["fp32"]["mb"] == rows["bf16"]["mb"] == result["openvino_mb"]
+    weights = {name: folder / "formats" / name / "weights" / "openvino" / "model.bin" for name in rows}
+    assert 2 * weights["fp16"].stat().st_size == pytest.approx(weights["fp32"].stat().st_size, rel=0.2)
+    assert 3 * weights["int8 PTQ"].stat().st_size < 2 * weights["fp32"].stat().st_size
+    frame = pd.read_csv(output / "formats.csv", index_col="format")
+    assert (frame[["milliseconds", "speed_up", "images_per_second"]] > 0).all(axis=None)
+    change = rows["int8 PTQ"]["pixel_AUROC"] - rows["torch"]["pixel_AUROC"]
+    assert frame.at["int8 PTQ", "pixel_AUROC_change"] == pytest.approx(change)
+    title, _, heading, _, *lines = (output / "formats.md").read_text().splitlines()
+    assert title == "## stripes"
+    assert heading.count("|") == 11
+    assert [line.split("|")[2].strip() for line in lines] == list(rows)
+
+
+def test_the_report_stands_alone(output: Path, folder: Path) -> None:
+    html = (output / "report.html").read_text()
+    assert "small InTra &lt;1&gt;" in html
+    assert "Not finished yet: other on stripes." in html
+    links = re.findall(r"""(?:src|href|url\()\s*=?\s*["']?([^"'\s>)]+)""", html)
+    assert len(links) == 4  # speed, histograms, ROC curves, cases
+    assert all(link.startswith("data:image/png;base64,") for link in links)
+    text = re.sub(r"data:image/png;base64,[\w+/=]+", "", html)
+    assert not re.search("//|@import|<script|<link", text)
+    for path in (output / "speed.png", output / "stripes-scores.png", output / "stripes-roc.png", folder / "cases.png"):
+        with Image.open(path) as picture:
+            picture.verify()
+    assert not list(output.rglob("*.part*"))
+
+
+def test_what_is_finished_is_not_done_again(arguments: list[str], output: Path, folder: Path) -> None:
+    before = (folder / "result.json").stat().st_mtime_ns
+    (output / "report.html").unlink()
+    main([*arguments, "--models", "small InTra <1>"])
+    assert (folder / "result.json").stat().st_mtime_ns == before
+    assert (output / "report.html").exists()
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(arguments"):
+        main([*arguments, "--data.train_batch_size", "2"])
+
+
+def test_several_devices_are_refused(arguments: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--trainer\.devices 2: models are compared on one device"):
+        main([*arguments, "--output", str(tmp_path), "--trainer.devices", "2"])
+    for run in read_runs(Path(arguments[1]), tmp_path):
+        run.check()  # nothing has begun, so nothing keeps the call from being corrected
+
+
+def test_a_model_without_export_is_reported(arguments: list[str], output: Path, folder: Path) -> None:
+    lacking = {"result.json": {"openvino_ms": None, "openvino_mb": None}, "formats.json": {"fp16": {}}}
+    texts = {name: (folder / name).read_text() for name in lacking}
+    for name, text in texts.items():
+        (folder / name).write_text(json.dumps(json.loads(text) | lacking[name]))
+    main([*arguments, "--only_report"])
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    assert np.isnan(pd.read_csv(output / "results.csv")["openvino_ms"].item())
+    assert pd.read_csv(output / "formats.csv", index_col="format").loc["fp16", "milliseconds":].isna().all()
+    [line] = [line for line in (output / "formats.md").read_text().splitlines() if "fp16" in line]
+    assert set(line.split("fp16")[1]) == {" ", "|"}
+
+
+def test_the_clearest_and_the_hardest_cases_are_shown() -> None:
+    labels = np.array([0, 1, 0, 1, 0, 1], dtype=bool)
+    scores = Scores([""] * 6, labels, np.array([0.3, 0.9, 0.8, 0.1, 0.2, 0.7]))
+    assert chosen_cases(scores) == [
+        ("defective, highest scores", 1), ("defective, highest scores", 5),
+        ("defective, lowest scores", 3), ("defective, lowest scores", 5),
+        ("good, highest scores", 2), ("good, highest scores", 0),
+        ("good, lowest scores", 4), ("good, lowest scores", 0),
+    ]  # fmt: skip
+
+
+def test_a_comparison_without_models_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("datasets: {a: {class_path: DemoAD}}")
+    with pytest.raises(ValueError, match="has no models"):
+        read_runs(tmp_path / "config.yaml", tmp_path)
+
+
+def test_anomalib_reads_the_configs_of_the_demo(tmp_path: Path) -> None:
+    for run in read_runs(config_path("compare/demo.yaml"), tmp_path):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(run.config))
+        AnomalibCLI(["train", "--config", str(tmp_path / "config.yaml")], run=False)
+
+
+def test_anomalib_knows_the_models_of_the_configs(tmp_path: Path) -> None:
+    runs = [run for name in ("folder", "formats") for run in read_runs(config_path(f"compare/{name}.yaml"), tmp_path)]
+    for run in runs:
+        assert issubclass(getattr(anomalib.models, run.config["model"]["class_path"]), AnomalibModule)
+    benchmark = yaml.safe_load(config_path("compare/benchmark.yaml").read_text())["benchmark"]
+    jobs = [(get_model(job["model"]), get_datamodule(job["data"])) for job in get_iterator_from_grid_dict(benchmark)]
+    assert [(type(model).__name__, data.category) for model, data in jobs] == [
+        ("InTra", "grid"), ("InTra", "plate"), ("Padim", "grid"), ("Padim", "plate"),
+    ]  # fmt: skip

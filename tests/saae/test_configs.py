@@ -6,8 +6,8 @@ import pytest
 import yaml
 from anomalib.cli.cli import AnomalibCLI
 
+from anomalib_recon.config_files import config_path
 from anomalib_recon.models import SAAE
-from anomalib_recon.quickstart import config_path
 
 TEXTURES = {"carpet", "grid", "leather", "tile", "wood"}
 

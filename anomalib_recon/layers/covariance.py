@@ -2,7 +2,7 @@
 
 """The covariance of feature vectors, in one pass.
 
-The result is that of all feature vectors at once, but no more than one image's vectors and two matrices of C x C
+The result is that of all feature vectors at once, but no more than one batch's vectors and two matrices of C x C
 numbers are in memory.
 
 Example:

@@ -92,14 +92,22 @@ class EndOfFit(Callback):
             return
         self._end(trainer, pl_module)
         for callback in trainer.checkpoint_callbacks:
-            if path := getattr(callback, "best_model_path", ""):
+            # of a watched training, what a metric has chosen is complete, and may be another epoch
+            is_complete = self._is_watched and getattr(callback, "monitor", None)
+            if (path := getattr(callback, "best_model_path", "")) and not is_complete:
                 trainer.save_checkpoint(path)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the trainer as it was, also after a fit without an epoch."""
+        del pl_module
+        trainer.limit_val_batches = self._limit
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the trainer as it was."""
-        del pl_module, exception
+        """Leave the trainer and the evaluator as they were."""
+        del exception
         if trainer.state.fn == "fit" and hasattr(self, "_limit"):
             trainer.limit_val_batches = self._limit
+        self.teardown(trainer, pl_module, "fit")
 
     def _end(self, trainer: Trainer, module: LightningModule) -> None:
         self._ended = True

@@ -78,24 +78,23 @@ class FeatureCache(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Fill the cache, and let the model look at the features.
 
-        Lightning restores the checkpoint of a resumed run after this.
+        Lightning restores the checkpoint of a resumed run after this, the backbone included.
         """
-        if stage != "fit":
+        if stage != "fit" or trainer.ckpt_path is not None:
             return
         module: Any = pl_module
         datamodule: Any = getattr(trainer, "datamodule", None)
-        obstacle = self._obstacle or _find_obstacle(trainer, datamodule, module)
-        if obstacle is None:
-            module.to(trainer.strategy.root_device)
-            obstacle = self._fill(trainer, module, datamodule.train_data)
-        if obstacle is not None:
-            logger.info("Features are computed anew in each epoch: %s.", obstacle)
+        self._prepare(trainer, module, datamodule)
         if datamodule is not None:
             module.start(_NormalFeatures(lambda: self._normal_features(trainer, module, datamodule.train_data)))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the datamodule make batches of places in the cache."""
-        del pl_module
+        """Let the datamodule make batches of places in the cache, which a resumed run fills now.
+
+        What the model has seen in the features is in the checkpoint.
+        """
+        if trainer.ckpt_path is not None:
+            self._prepare(trainer, pl_module, getattr(trainer, "datamodule", None))
         if not self._parts:
             return
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -134,6 +133,14 @@ class FeatureCache(Callback):
                 next call returns.
         """
         return tuple(part.read(batch.index) for part in self._parts)
+
+    def _prepare(self, trainer: Trainer, module: Any, datamodule: Any) -> None:
+        obstacle = self._obstacle or _find_obstacle(trainer, datamodule, module)
+        if obstacle is None:
+            module.to(trainer.strategy.root_device)
+            obstacle = self._fill(trainer, module, datamodule.train_data)
+        if obstacle is not None:
+            logger.info("Features are computed anew in each epoch: %s.", obstacle)
 
     def _fill(self, trainer: Trainer, module: Any, dataset: AnomalibDataset) -> str | None:
         """Compute all features, unless they are more than the budget; the result then says so."""

@@ -52,7 +52,8 @@ class HeldOutImages(Callback):
         """Draw the images, or continue with those of the interrupted run, and train without them.
 
         Raises:
-            ValueError: If no image is left to train on, or there is no datamodule to take images from.
+            ValueError: If no image is left to train on, there is no datamodule to take images from, or the trainer
+                makes its dataloader anew in later epochs.
         """
         if trainer.ckpt_path is None:
             self.losses, self.paths, self._best_weights = [], [], {}
@@ -61,6 +62,12 @@ class HeldOutImages(Callback):
         datamodule: Any = getattr(trainer, "datamodule", None)
         if datamodule is None:
             msg = f"{type(pl_module).__name__} holds out training images, which needs a datamodule; pass datamodule."
+            raise ValueError(msg)
+        if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+            msg = (
+                f"{type(pl_module).__name__} holds out training images, which a new dataloader would hold again; "
+                "leave out reload_dataloaders_every_n_epochs."
+            )
             raise ValueError(msg)
         module: Any = pl_module
         normal = normal_images(datamodule.train_data, getattr(module.pre_processor, "transform", None))

@@ -54,20 +54,33 @@ def test_windows_are_placed_by_the_equations(rows: int, cols: int, side: int) ->
 @pytest.mark.parametrize("readout", ["mean", "token"])
 def test_a_patch_is_painted_from_the_rest_of_its_window_alone(attention: str, position: str, readout: str) -> None:
     model = small_model(attention=attention, position=position, readout=readout, sigmoid=False)
-    images = torch.rand(1, 3, 48, 40)
-    reconstruction = model.patchify(model.reconstruct(images))
+    patches = torch.rand(1, 30, 192)
+    reconstruction = model.reconstruct(patches)
     for covered in range(0, 30, 7):
         window = set(model.tokens[covered].tolist())
         for changed in range(30):
-            patches = model.patchify(images)
-            patches[:, changed] = torch.rand_like(patches[:, changed])
-            painted = model.patchify(model.reconstruct(model.unpatchify(patches)))
+            others = patches.clone()
+            others[:, changed] = torch.rand(192)
+            painted = model.reconstruct(others)
             same = torch.equal(painted[:, covered], reconstruction[:, covered])
             assert same == (changed == covered or changed not in window)
 
 
+def attend(attention: MultiheadSelfAttention, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Eqs. 6-10 for sequences ``(B, T, D)`` by plain einsums; ``mask`` says which tokens ``(T, T)`` see which."""
+    query, key, value = (
+        project(tokens).unflatten(-1, (attention.num_heads, -1))
+        for project in (attention.query, attention.key, attention.value)
+    )
+    weights = torch.einsum("bthd,bshd->bhts", query, key) / math.sqrt(query.shape[-1])
+    if mask is not None:
+        weights = weights.masked_fill(~mask, -math.inf)
+    mixed = torch.einsum("bhts,bshd->bthd", weights.softmax(dim=-1), value)
+    return mixed.flatten(2) @ attention.unify.weight.T + attention.unify.bias
+
+
 def paint_by_the_paper(
-    model: InTraModel, image: torch.Tensor, corner: tuple[int, int], covered: list[tuple[int, int]]
+    model: InTraModel, image: torch.Tensor, corner: tuple[int, int], covered: list[tuple[int, int]], residuals: bool
 ) -> torch.Tensor:
     """Section 3 for one window, counted from 1, each block as a whole: the covered patches, ``(c, K * K * 3)``."""
     (r, s), side, depth = corner, model.window_size, len(model.blocks)
@@ -81,30 +94,31 @@ def paint_by_the_paper(
     places = [window.index(place) for place in covered]
     # where several patches are covered, each is seen by itself alone
     mask = torch.ones(side**2, side**2, dtype=torch.bool)
-    if len(model.covered[0]) > 1:
+    if model.covered.shape[1] > 1:
         mask[:, places] = False
         mask.fill_diagonal_(fill_value=True)
     tokens, outputs = torch.stack(sequence)[None], []
     for index, block in enumerate(model.blocks):
         partner = depth - 1 - index
-        if model.long_residuals and partner < depth // 2:
+        if residuals and partner < index - 1:  # what an earlier block has put out, not the one just before
             tokens = tokens + outputs[partner]
-        tokens = block.feed_forward(block.attend(tokens, mask[None, None]))
+        tokens = tokens + attend(block.attention, block.attention_norm(tokens), mask)
+        tokens = tokens + block.mlp(block.mlp_norm(tokens))
         outputs.append(tokens)
     return torch.sigmoid(model.head(tokens.mean(dim=1) if model.readout == "mean" else tokens[0, places]))
 
 
-def reconstruct_by_the_paper(model: InTraModel, images: torch.Tensor) -> torch.Tensor:
-    """One window at a time for each patch."""
+def reconstruct_by_the_paper(model: InTraModel, images: torch.Tensor, residuals: bool = True) -> torch.Tensor:
+    """One window at a time for each patch, ``(B, N * M, K * K * 3)``."""
     windows = windows_by_the_paper(*model.grid_size, model.window_size)
-    painted = [[paint_by_the_paper(model, image, windows[at], [at]) for at in windows] for image in images]
-    return model.unpatchify(torch.stack([torch.cat(patches) for patches in painted]))
+    painted = [[paint_by_the_paper(model, image, windows[at], [at], residuals) for at in windows] for image in images]
+    return torch.stack([torch.cat(patches) for patches in painted])
 
 
 @pytest.mark.parametrize("readout", ["mean", "token"])
 @pytest.mark.parametrize("position", ["global", "local"])
 @pytest.mark.parametrize("long_residuals", [True, False])
-@pytest.mark.parametrize("depth", [1, 2, 3, 4, 13])
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 5, 6, 13])
 @torch.no_grad()
 def test_reconstruction_equals_one_forward_for_each_patch(
     depth: int, long_residuals: bool, position: str, readout: str
@@ -113,28 +127,63 @@ def test_reconstruction_equals_one_forward_for_each_patch(
     for parameter in model.parameters():  # far enough from zero that everything matters
         torch.nn.init.normal_(parameter, std=0.3)
     images = torch.rand(2, 3, 48, 40)
-    expected = reconstruct_by_the_paper(model, images)
-    torch.testing.assert_close(model.reconstruct(images), expected, atol=1e-5, rtol=1e-4)
-    # training takes another way through the same network
-    patches = model.patchify(images)
-    image_index = torch.arange(2).repeat_interleave(30)
-    inpainted = model.inpaint(patches, image_index, model.tokens.repeat(2, 1), model.covered.repeat(2, 1))
-    torch.testing.assert_close(inpainted.view_as(patches), model.patchify(expected), atol=1e-5, rtol=1e-4)
+    expected = reconstruct_by_the_paper(model, images, long_residuals)
+    torch.testing.assert_close(model.reconstruct(model.embed(images)), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_long_residuals_join_the_blocks_of_the_paper() -> None:
-    """For 13 blocks: 0 -> 12, 1 -> 11, 2 -> 10, 3 -> 9, 4 -> 8, 5 -> 7; the block in the middle stands alone."""
-    model = small_model(depth=13)
-    inputs, outputs = {}, {}
-    for index, block in enumerate(model.blocks):
-        block.attention_norm.register_forward_pre_hook(lambda _, args, index=index: inputs.update({index: args[0]}))
-        block.mlp.register_forward_hook(lambda _, args, output, index=index: outputs.update({index: output}))
-        block.mlp_norm.register_forward_pre_hook(lambda _, args, index=index: outputs.update({-index - 1: args[0]}))
-    model.inpaint(torch.rand(1, 30, 192), torch.zeros(1, dtype=torch.long), model.tokens[:1], model.covered[:1])
-    complete = [outputs[-index - 1] + outputs[index] for index in range(12)]
-    for late in range(1, 13):
-        added = complete[12 - late] if late >= 7 else 0
-        torch.testing.assert_close(inputs[late], complete[late - 1] + added)
+@pytest.mark.parametrize("readout", ["mean", "token"])
+@pytest.mark.parametrize(
+    ("depth", "joined"),
+    [
+        (13, {12: 0, 11: 1, 10: 2, 9: 3, 8: 4, 7: 5}),  # those of the paper; the block in the middle stands alone
+        (6, {5: 0, 4: 1}),  # block 3 has the output of block 2 as its input, and nothing is added to it
+        (4, {3: 0}),
+        (2, {}),
+    ],
+)
+@torch.no_grad()
+def test_long_residuals_join_early_blocks_to_late_ones(depth: int, joined: dict[int, int], readout: str) -> None:
+    model = small_model(depth=depth, readout=readout)
+    inputs, outputs = [], []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        block.register_forward_hook(lambda _, args, output: outputs.append(output))
+    model.inpaint(torch.rand(2, 9, 192), model.tokens[:2], model.covered[:2])
+    for late in range(1, depth):
+        added = outputs[joined[late]] if late in joined else 0
+        torch.testing.assert_close(inputs[late], outputs[late - 1] + added)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@torch.no_grad()
+def test_last_block_computes_the_covered_tokens_as_it_would_all(count: int) -> None:
+    model = small_model(window_size=5, readout="token", covered_per_window=count)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    block, (tokens, covered) = model.blocks[-1], (model.tokens, model.covered)
+    calls = []
+    hook = block.register_forward_hook(lambda _, args, output: calls.append((*args, output)))
+    painted = model.inpaint(torch.rand(30, 192)[tokens], tokens, covered)
+    hook.remove()
+    [(sequence, mask, output)] = calls
+    assert output.shape == (len(tokens), count, 16)
+    whole = block(sequence, mask)
+    assert whole.shape == (len(tokens), 25, 16)
+    torch.testing.assert_close(output, whole.gather(1, covered[:, :, None].expand_as(output)))
+    expected = torch.sigmoid(model.head(whole)).gather(1, covered[:, :, None].expand_as(painted))
+    torch.testing.assert_close(painted, expected)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@torch.no_grad()
+def test_reconstruction_is_that_of_each_window_alone(count: int, chunk: int) -> None:
+    model = small_model(window_size=5, readout="token", covered_per_window=count, windows_per_chunk=chunk)
+    patches = torch.rand(2, 30, 192)
+    reconstruction = model.reconstruct(patches)
+    for tokens, covered in zip(model.tokens, model.covered, strict=True):
+        inpainted = model.inpaint(patches[:, tokens], tokens.expand(2, -1), covered.expand(2, -1))
+        torch.testing.assert_close(inpainted, reconstruction[:, tokens[covered]], atol=1e-6, rtol=1e-5)
 
 
 GRIDS = [(16, 16, 7), (8, 8, 7), (7, 7, 7), (9, 11, 7), (13, 6, 6), (5, 8, 5), (7, 6, 4)]
@@ -178,39 +227,28 @@ def test_covered_patches_are_painted_as_by_one_forward_for_each_window(
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     images, cols = torch.rand(2, 3, *image_size), model.grid_size[1]
-    reconstruction = model.patchify(model.reconstruct(images))
+    reconstruction = model.reconstruct(model.embed(images))
     for tokens, group in zip(model.tokens, covered_together(model), strict=True):
         corner = divmod(int(tokens[0]), cols)
         places = [(patch // cols + 1, patch % cols + 1) for patch in sorted(group)]
         for image, result in zip(images, reconstruction, strict=True):
-            expected = paint_by_the_paper(model, image, (corner[0] + 1, corner[1] + 1), places)
+            expected = paint_by_the_paper(model, image, (corner[0] + 1, corner[1] + 1), places, residuals=True)
             torch.testing.assert_close(result[sorted(group)], expected, atol=1e-5, rtol=1e-4)
-    # training takes another way through the same network
-    inpainted = model.inpaint(model.patchify(images), torch.ones(len(model.tokens)).long(), model.tokens, model.covered)
-    painted = model.tokens.gather(1, model.covered).flatten()
-    torch.testing.assert_close(inpainted, reconstruction[1, painted], atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
 def test_a_painted_patch_does_not_see_those_covered_with_it() -> None:
     model = small_model(window_size=5, readout="token", sigmoid=False, covered_per_window=4)
-    images = torch.rand(1, 3, 48, 40)
-    reconstruction = model.patchify(model.reconstruct(images))
+    patches = torch.rand(1, 30, 192)
+    reconstruction = model.reconstruct(patches)
     for changed in range(30):
-        patches = model.patchify(images)
-        patches[:, changed] = torch.rand_like(patches[:, changed])
-        painted = model.patchify(model.reconstruct(model.unpatchify(patches)))
+        others = patches.clone()
+        others[:, changed] = torch.rand(192)
+        painted = model.reconstruct(others)
         for group, window in zip(covered_together(model), model.tokens.tolist(), strict=True):
             for patch in group:
                 same = torch.equal(painted[:, patch], reconstruction[:, patch])
                 assert same == (changed in group or changed not in window)
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_chunks_change_no_result(chunk: int) -> None:
-    images = torch.rand(2, 3, 48, 40)
-    expected = small_model().reconstruct(images)
-    torch.testing.assert_close(small_model(windows_per_chunk=chunk).reconstruct(images), expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -220,13 +258,10 @@ def test_attention_equals_plain_einsums(attention_class: type[MultiheadSelfAtten
     torch.manual_seed(0)
     attention = attention_class(embed_dim=24, num_heads=3)
     tokens = torch.randn(2, 5, 24)
-    query, key, value = (
-        project(tokens).reshape(2, 5, 3, -1) for project in (attention.query, attention.key, attention.value)
-    )
-    assert query.shape == key.shape == (2, 5, 3, width // 3)
-    weights = torch.einsum("bthd,bshd->bhts", query, key) / math.sqrt(width // 3)
-    mixed = torch.einsum("bhts,bshd->bthd", weights.softmax(dim=-1), value).reshape(2, 5, 24)
-    torch.testing.assert_close(attention(tokens), mixed @ attention.unify.weight.T + attention.unify.bias)
+    assert attention.query(tokens).shape == attention.key(tokens).shape == (2, 5, width)
+    expected = attend(attention, tokens)
+    torch.testing.assert_close(attention(tokens, tokens), expected)
+    torch.testing.assert_close(attention(tokens[:, 1:3], tokens), expected[:, 1:3])
 
 
 def test_token_linear_is_linear() -> None:
@@ -251,7 +286,7 @@ def test_feature_self_attention_has_the_hidden_width_of_the_paper() -> None:
 def test_patches_are_row_major_and_reversible() -> None:
     model = small_model()
     images = torch.rand(2, 3, 48, 40)
-    patches = model.patchify(images)
+    patches = model.embed(images)
     assert patches.shape == (2, 30, 192)
     torch.testing.assert_close(model.pixels(patches[1, 7:8])[0], images[1, :, 8:16, 16:24])
     torch.testing.assert_close(model.unpatchify(patches), images)
@@ -286,7 +321,8 @@ def test_scores_follow_from_the_reconstruction() -> None:
     model.normal_difference.fill_(0.1)
     images = torch.rand(2, 3, 48, 40)
     predictions = model(images)
-    difference = model.anomaly_map_generator.difference(images, model.reconstruct(images))
+    reconstruction = model.unpatchify(model.reconstruct(model.embed(images)))
+    difference = model.anomaly_map_generator.difference(images, reconstruction)
     torch.testing.assert_close(predictions.anomaly_map, (difference - 0.1) ** 2)
     torch.testing.assert_close(predictions.pred_score, predictions.anomaly_map.flatten(1).max(dim=1).values)
 
@@ -318,4 +354,4 @@ def test_wrong_arguments_are_named(arguments: dict, words: str) -> None:
 @pytest.mark.parametrize("shape", [(1, 3, 40, 48), (1, 1, 48, 40), (3, 48, 40)])
 def test_images_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"images must have shape \(B, 3, 48, 40\), got"):
-        small_model().reconstruct(torch.rand(shape))
+        small_model()(torch.rand(shape))

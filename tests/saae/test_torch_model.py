@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from anomalib_recon.models.saae import SAAEModel
 from anomalib_recon.models.saae.anomaly_map import Distance, feature_distance
-from anomalib_recon.models.saae.autoencoder import LatentTransformer, SelfAttentionAutoencoder
+from anomalib_recon.models.saae.autoencoder import DecoderLayer, LatentTransformer, SelfAttentionAutoencoder
 from anomalib_recon.models.saae.loss import IMAGES_PER_PART, SAAELoss
 
 SMALL = {"backbone": "resnet18", "layers": ["layer1", "layer2"], "pre_trained": False, "image_size": (64, 64)}
@@ -35,7 +35,7 @@ def test_convolutions_are_those_of_table_1(num_channels: int, latent_dim: int) -
 def test_widths_of_the_transformer(latent_dim: int, embed_dim: int, mlp_ratio: int) -> None:
     autoencoder = SelfAttentionAutoencoder(30, latent_dim, (4, 6), patch_size=2, mlp_ratio=mlp_ratio)
     transformer = autoencoder.transformer
-    assert transformer.position.shape == (1, 6, embed_dim)
+    assert transformer.position_embedding.shape == (1, 6, embed_dim)
     for layer in (*transformer.encoder, *transformer.decoder):
         assert layer.linear1.weight.shape == (mlp_ratio * latent_dim, embed_dim)
         assert layer.self_attn.num_heads == 3
@@ -48,8 +48,8 @@ def test_patches_of_one_cell_are_plain_tokens() -> None:
     latent = torch.rand(2, 6, 3, 4)
     tokens = latent.flatten(2).transpose(1, 2)
     embedding, projection = transformer.patch_embedding, transformer.projection
-    encoded = functional.linear(tokens, embedding.weight[:, :, 0, 0], embedding.bias) + transformer.position
-    decoded = (transformer.query + transformer.position).expand(2, -1, -1)
+    encoded = functional.linear(tokens, embedding.weight[:, :, 0, 0], embedding.bias) + transformer.position_embedding
+    decoded = (transformer.query + transformer.position_embedding).expand(2, -1, -1)
     decoded = transformer.decoder[0](decoded, transformer.encoder[0](encoded))
     expected = functional.linear(decoded, projection.weight[:, :, 0, 0].T, projection.bias)
     torch.testing.assert_close(transformer(latent), expected.transpose(1, 2).unflatten(2, (3, 4)))
@@ -77,12 +77,28 @@ def test_decoder_has_the_positions_of_the_encoder() -> None:
     latent = torch.rand(1, 6, 2, 2)
     transformer(latent)
     before = dict(seen)
-    step = torch.rand_like(transformer.position)
+    step = torch.rand_like(transformer.position_embedding)
     with torch.no_grad():
-        transformer.position += step
+        transformer.position_embedding += step
     transformer(latent)
     for part in ("encoder", "decoder"):
         torch.testing.assert_close(seen[part] - before[part], step)
+
+
+@torch.no_grad()
+def test_decoder_layer_is_that_of_torch_though_it_attends_once_to_one_query() -> None:
+    torch.manual_seed(0)
+    arguments = {"d_model": 12, "nhead": 3, "dim_feedforward": 8, "dropout": 0.0, "batch_first": True}
+    layer, expected = DecoderLayer(**arguments), nn.TransformerDecoderLayer(**arguments)
+    for weight in layer.parameters():
+        nn.init.normal_(weight)
+    expected.load_state_dict(layer.state_dict())
+    query, encoded = torch.rand(1, 5, 12), torch.rand(3, 5, 12)
+    calls = []
+    layer.self_attn.register_forward_hook(lambda _, args, output: calls.append(len(args[0])))
+    torch.testing.assert_close(layer(query, encoded), expected(query.expand(3, -1, -1), encoded))
+    assert calls == [1]
+    torch.testing.assert_close(layer(encoded, encoded), expected(encoded, encoded))
 
 
 def test_every_cell_reaches_every_other_only_through_the_transformer() -> None:
@@ -144,7 +160,7 @@ def test_map_is_the_enlarged_distance_and_score_its_maximum(distance: str) -> No
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         result = model(images)
-        features = model.extract_features(images)
+        features = model.embed(images)
         squares = (features - model.reconstruct(features)).square()
     cells = squares.sum(1).sqrt() if distance == "norm" else squares.mean(1)
     expected = functional.interpolate(cells[:, None], size=(64, 64), mode="bilinear", align_corners=False)

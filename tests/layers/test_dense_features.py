@@ -10,10 +10,9 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch.nn import functional
 
-from anomalib_recon.models.components import FrozenBackbone
+from anomalib_recon.config_files import config_path
+from anomalib_recon.layers import FrozenBackbone, create_dense_features
 from anomalib_recon.models.saae import SAAEModel
-from anomalib_recon.models.saae.features import create_feature_extractor
-from anomalib_recon.quickstart import config_path
 
 VIT = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 
@@ -38,7 +37,7 @@ def weights(whole_vit: timm.models.VisionTransformer, tmp_path_factory: pytest.T
 def test_features_are_those_of_the_whole_backbone(
     whole_vit: timm.models.VisionTransformer, weights: Path, image_size: tuple[int, int]
 ) -> None:
-    extractor = create_feature_extractor(VIT, image_size=image_size, weights=weights)
+    backbone = create_dense_features(VIT, image_size=image_size, weights=weights)
     expected = timm.create_model(VIT, pretrained=False, img_size=image_size).eval()
     expected.load_state_dict(checkpoint_filter_fn(whole_vit.state_dict(), expected))
     images = torch.rand(2, 3, *image_size)
@@ -46,22 +45,22 @@ def test_features_are_those_of_the_whole_backbone(
     with torch.no_grad():
         embedding = expected.patch_embed.proj(normalized)  # the linear projection, without positions
         blocks = expected.forward_intermediates(normalized, intermediates_only=True)
-    torch.testing.assert_close(extractor(images), torch.cat([embedding, *blocks[:4]], dim=1))
+    torch.testing.assert_close(backbone(images), torch.cat([embedding, *blocks[:4]], dim=1))
 
 
 def test_blocks_after_the_last_one_used_are_neither_kept_nor_run(weights: Path) -> None:
-    extractor = create_feature_extractor(VIT, ["blocks.1", "blocks.2"], image_size=(64, 64), weights=weights)
+    backbone = create_dense_features(VIT, ["blocks.1", "blocks.2"], image_size=(64, 64), weights=weights)
     calls = []
-    for index, block in enumerate(extractor.vit.blocks):
+    for index, block in enumerate(backbone.vit.blocks):
         block.register_forward_hook(lambda *_, index=index: calls.append(index))
-    features = extractor(torch.rand(1, 3, 64, 64))
+    features = backbone(torch.rand(1, 3, 64, 64))
     assert calls == [0, 1, 2]
     assert features.shape == (1, 2 * 192, 4, 4)
-    assert not [name for name in extractor.state_dict() if "blocks.3" in name or "norm." in name.split("blocks")[0]]
+    assert not [name for name in backbone.state_dict() if "blocks.3" in name or "norm." in name.split("blocks")[0]]
 
 
 @pytest.mark.parametrize(
-    ("backbone", "image_size", "expected"),
+    ("name", "image_size", "expected"),
     [
         ("deit_tiny_distilled_patch16_224", (64, 96), (5 * 192, 4, 6)),
         ("vit_small_patch14_reg4_dinov2", (56, 70), (5 * 384, 4, 5)),
@@ -71,31 +70,31 @@ def test_blocks_after_the_last_one_used_are_neither_kept_nor_run(weights: Path) 
     ],
 )
 def test_any_backbone_yields_one_feature_map(
-    backbone: str, image_size: tuple[int, int], expected: tuple[int, int, int]
+    name: str, image_size: tuple[int, int], expected: tuple[int, int, int]
 ) -> None:
-    extractor = create_feature_extractor(backbone, image_size=image_size, pre_trained=False)
+    backbone = create_dense_features(name, image_size=image_size, pre_trained=False)
     images = torch.rand(2, 3, *image_size)
-    features = extractor.train()(images)
+    features = backbone.train()(images)
     assert features.shape == (2, *expected)
-    assert (extractor.num_channels, *extractor.grid_size) == expected
+    assert (backbone.num_channels, *backbone.grid_size) == expected
     assert not features.requires_grad
-    torch.testing.assert_close(extractor.eval()(images), features)
+    torch.testing.assert_close(backbone.eval()(images), features)
 
 
 def test_default_backbone_has_the_channels_of_the_paper() -> None:
     model = SAAEModel(pre_trained=False)
-    assert model.feature_extractor.num_channels == 3840
-    assert model.feature_extractor.grid_size == (24, 24)
-    assert len(model.feature_extractor.vit.blocks) == 4
+    assert model.backbone.num_channels == 3840
+    assert model.backbone.grid_size == (24, 24)
+    assert len(model.backbone.vit.blocks) == 4
 
 
 def test_vgg19_has_the_features_of_the_ablation() -> None:
     config = yaml.safe_load(config_path("model/saae_vgg19.yaml").read_text())["model"]["init_args"]
     image_size, stride = (config["image_size"], config["image_size"]), config["feature_stride"]
-    extractor = create_feature_extractor(config["backbone"], config["layers"], image_size, stride, pre_trained=False)
-    assert (extractor.num_channels, *extractor.grid_size) == (3456, 64, 64)
-    assert extractor(torch.rand(1, 3, 256, 256)).shape == (1, 3456, 64, 64)
-    assert max(int(name.split(".")[-2]) for name in extractor.state_dict()) == 25  # the last convolution that is used
+    backbone = create_dense_features(config["backbone"], config["layers"], image_size, stride, pre_trained=False)
+    assert (backbone.num_channels, *backbone.grid_size) == (3456, 64, 64)
+    assert backbone(torch.rand(1, 3, 256, 256)).shape == (1, 3456, 64, 64)
+    assert max(int(name.split(".")[-2]) for name in backbone.state_dict()) == 25  # the last convolution that is used
 
 
 def test_modules_and_stages_give_the_same_features() -> None:
@@ -117,13 +116,13 @@ def test_features_of_a_module_are_taken_before_an_activation_in_place() -> None:
 
 
 def test_regional_features_average_the_enlarged_maps() -> None:
-    extractor = create_feature_extractor("resnet18", ["layer1", "layer3"], (64, 96), 8, pre_trained=False)
+    backbone = create_dense_features("resnet18", ["layer1", "layer3"], (64, 96), 8, pre_trained=False)
     images = torch.rand(2, 3, 64, 96)
     expected = [
         functional.avg_pool2d(functional.interpolate(maps, size=(64, 96), mode="bilinear", align_corners=False), 8)
-        for maps in extractor.backbone(images)
+        for maps in backbone.backbone(images)
     ]
-    torch.testing.assert_close(extractor(images), torch.cat(expected, dim=1))
+    torch.testing.assert_close(backbone(images), torch.cat(expected, dim=1))
 
 
 @pytest.mark.parametrize(
@@ -142,9 +141,9 @@ def test_regional_features_average_the_enlarged_maps() -> None:
 )  # fmt: skip
 def test_wrong_arguments_are_named(arguments: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        create_feature_extractor(**{"name": VIT, "image_size": (64, 64), "pre_trained": False, **arguments})
+        create_dense_features(**{"name": VIT, "image_size": (64, 64), "pre_trained": False, **arguments})
 
 
 def test_a_file_with_other_weights_is_refused(weights: Path) -> None:
     with pytest.raises(ValueError, match=r"lacks \d+ of the \d+ tensors of deit_small_patch16_224"):
-        create_feature_extractor("deit_small_patch16_224", image_size=(64, 64), weights=weights)
+        create_dense_features("deit_small_patch16_224", image_size=(64, 64), weights=weights)

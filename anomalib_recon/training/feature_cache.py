@@ -10,7 +10,6 @@ backbone, image size or data can ever be read; a resumed run computes anew. Each
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +72,6 @@ class FeatureCache(Callback):
         self._budget = feature_cache_gib * GIB
         self._obstacle = obstacle or ("feature_cache_gib=0" if feature_cache_gib == 0 else None)
         self._parts: list[_Part] = []
-        self._swapped = ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Fill the cache, and let the model look at the features.
@@ -94,28 +92,27 @@ class FeatureCache(Callback):
             module.start(_NormalFeatures(lambda: self._normal_features(trainer, module, datamodule.train_data)))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the datamodule make batches of places in the cache."""
+        """Let the trainer load places in the cache instead of images."""
         del pl_module
         if not self._parts:
             return
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         # numbers need no worker processes
         replaced = {"train_data": _Places(len(datamodule.train_data)), "num_workers": 0, "external_collate_fn": None}
-        for name, value in replaced.items():
-            self._swapped.callback(setattr, datamodule, name, getattr(datamodule, name))
-            setattr(datamodule, name, value)
-        self._swapped.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", "The 'train_dataloader' does not have many workers")
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the datamodule as it was, now that there is a dataloader."""
-        del trainer, pl_module
-        self._swapped.close()
+        kept = {name: getattr(datamodule, name) for name in replaced}
+        try:
+            for name, value in replaced.items():
+                setattr(datamodule, name, value)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The 'train_dataloader' does not have many workers")
+                trainer.fit_loop.setup_data()  # the trainer would do so later, when it makes other dataloaders, too
+        finally:
+            for name, value in kept.items():
+                setattr(datamodule, name, value)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Free the memory; leave the datamodule as it was also after a fit without an epoch."""
+        """Free the memory."""
         del trainer, pl_module
-        self._swapped.close()
         self._parts = []
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

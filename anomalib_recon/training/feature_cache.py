@@ -28,6 +28,7 @@ from .images import map_images, normal_images, normal_indices
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
+LARGEST = torch.finfo(torch.float16).max
 # features read at a time when a model looks at all of them
 IMAGES_PER_READ = 16
 
@@ -133,7 +134,7 @@ class FeatureCache(Callback):
         return tuple(part.read(batch.index) for part in self._parts)
 
     def _fill(self, trainer: Trainer, module: Any, dataset: AnomalibDataset) -> str | None:
-        """Compute all features, unless they are more than the budget; the result then says so."""
+        """Compute all features, unless they are too many or too large; the result then says so."""
         count, start = len(dataset), 0
         batches = map_images(trainer, module, dataset, module.training_inputs)
         for inputs in tqdm(batches, "Features", delay=10, leave=False, disable=not trainer.is_global_zero):
@@ -145,6 +146,9 @@ class FeatureCache(Callback):
                 self._parts = [_Part(count, value, device) for value in inputs]
                 logger.info("Features of %d images are kept on %s: %.2f GiB.", count, device, size / GIB)
             for part, value in zip(self._parts, inputs, strict=True):
+                if value.is_floating_point() and value.abs().max() > LARGEST:
+                    self._parts = []
+                    return f"features up to {value.abs().max():.3g} are beyond half precision"
                 part.values[start : start + len(value)] = value
             start += len(inputs[0])
         return None

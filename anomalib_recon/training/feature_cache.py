@@ -73,6 +73,7 @@ class FeatureCache(Callback):
         self._budget = feature_cache_gib * GIB
         self._obstacle = obstacle or ("feature_cache_gib=0" if feature_cache_gib == 0 else None)
         self._parts: list[_Part] = []
+        self._backbone: list[float] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Fill the cache, and let the model look at the features.
@@ -111,6 +112,20 @@ class FeatureCache(Callback):
             for name, value in kept.items():
                 setattr(datamodule, name, value)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compute the features anew if a checkpoint has brought another backbone since.
+
+        Raises:
+            ValueError: If these features cannot be kept.
+        """
+        if not self._parts or self._backbone == _frozen_sums(pl_module):
+            return
+        logger.info("The backbone of the checkpoint is another one, whose features are computed now.")
+        obstacle = self._fill(trainer, pl_module, trainer.datamodule.train_data)  # type: ignore[attr-defined]
+        if obstacle is not None:
+            msg = f"{obstacle[0].upper()}{obstacle[1:]} with the backbone of the checkpoint; pass feature_cache_gib=0."
+            raise ValueError(msg)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Free the memory."""
         del trainer, pl_module
@@ -135,6 +150,7 @@ class FeatureCache(Callback):
 
     def _fill(self, trainer: Trainer, module: Any, dataset: AnomalibDataset) -> str | None:
         """Compute all features, unless they are too many or too large; the result then says so."""
+        self._parts, self._backbone = [], _frozen_sums(module)
         count, start = len(dataset), 0
         batches = map_images(trainer, module, dataset, module.training_inputs)
         for inputs in tqdm(batches, "Features", delay=10, leave=False, disable=not trainer.is_global_zero):
@@ -218,6 +234,11 @@ class _Places(Dataset):
     @staticmethod
     def collate_fn(places: list[int]) -> FeatureBatch:
         return FeatureBatch(torch.tensor(places))
+
+
+def _frozen_sums(module: LightningModule) -> list[float]:
+    """Sums of the weights that are not trained, of which features are made; others have other sums."""
+    return [float(weight.detach().abs().sum()) for weight in module.parameters() if not weight.requires_grad]
 
 
 def _kept_type(values: Tensor) -> torch.dtype:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from anomalib_recon.models.components.export import comparison_operations, operations_before
+from anomalib_recon.models.export import comparison_operations, operations_before
 
 
 class Reconstruction(nn.Module):
@@ -15,12 +15,12 @@ class Reconstruction(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encode = nn.Conv2d(3, 8, kernel_size=4, stride=4)
+        self.embed = nn.Conv2d(3, 8, kernel_size=4, stride=4)
         self.rebuild = nn.Linear(8, 8)
         self.smooth = nn.Conv2d(1, 1, kernel_size=3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.encode(images).relu()
+        features = self.embed(images).relu()
         rebuilt = self.rebuild(features.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, features.shape[-2:])
         distance = torch.linalg.vector_norm(features - rebuilt, dim=1, keepdim=True)
         return nn.functional.interpolate(self.smooth(distance), size=images.shape[-2:])

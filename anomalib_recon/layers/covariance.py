@@ -51,7 +51,7 @@ class FeatureCovariance:
     def mean(self) -> Tensor:
         """Mean of all vectors, shape ``(C,)``, in double precision on the CPU."""
         assert self._origin is not None
-        return self.total / self.count + self._origin[:, 0].double().cpu()
+        return self.total / self.count + self._origin[:, 0].cpu().double()
 
     def covariance(self) -> Tensor:
         """Covariance of all vectors, shape ``(C, C)``, in double precision on the CPU."""

@@ -186,10 +186,10 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """What happens around a fit, and anomalib's components."""
-        ours: list[Callback] = [ReadableImages(), FiniteLoss(), RandomState()]
+        ours = [ReadableImages(), FiniteLoss(), RandomState(), *self.configure_end()]
         if self.feature_cache:
             ours.append(self.feature_cache)
-        return [*ours, *self.configure_end(), *cast("Sequence[Callback]", super().configure_callbacks())]
+        return [*ours, *cast("Sequence[Callback]", super().configure_callbacks())]
 
     def configure_end(self) -> Sequence[Callback]:
         """Callbacks that end a fit."""

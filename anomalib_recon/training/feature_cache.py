@@ -10,7 +10,6 @@ backbone, image size or data can ever be read; a resumed run computes anew. Each
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +28,7 @@ from .images import map_images, normal_images, normal_indices
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
+LARGEST = torch.finfo(torch.float16).max
 # features read at a time when a model looks at all of them
 IMAGES_PER_READ = 16
 
@@ -73,7 +73,6 @@ class FeatureCache(Callback):
         self._budget = feature_cache_gib * GIB
         self._obstacle = obstacle or ("feature_cache_gib=0" if feature_cache_gib == 0 else None)
         self._parts: list[_Part] = []
-        self._swapped = ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Fill the cache, and let the model look at the features.
@@ -89,9 +88,9 @@ class FeatureCache(Callback):
             module.start(_NormalFeatures(lambda: self._normal_features(trainer, module, datamodule.train_data)))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the datamodule make batches of places in the cache, which a resumed run fills now.
+        """Let the trainer load places in the cache instead of images; a resumed run fills the cache now.
 
-        What the model has seen in the features is in the checkpoint.
+        What its model has seen in the features is in the checkpoint.
         """
         if trainer.ckpt_path is not None:
             self._prepare(trainer, pl_module, getattr(trainer, "datamodule", None))
@@ -100,21 +99,20 @@ class FeatureCache(Callback):
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         # numbers need no worker processes
         replaced = {"train_data": _Places(len(datamodule.train_data)), "num_workers": 0, "external_collate_fn": None}
-        for name, value in replaced.items():
-            self._swapped.callback(setattr, datamodule, name, getattr(datamodule, name))
-            setattr(datamodule, name, value)
-        self._swapped.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", "The 'train_dataloader' does not have many workers")
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the datamodule as it was, now that there is a dataloader."""
-        del trainer, pl_module
-        self._swapped.close()
+        kept = {name: getattr(datamodule, name) for name in replaced}
+        try:
+            for name, value in replaced.items():
+                setattr(datamodule, name, value)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The 'train_dataloader' does not have many workers")
+                trainer.fit_loop.setup_data()  # the trainer would do so later, when it makes other dataloaders, too
+        finally:
+            for name, value in kept.items():
+                setattr(datamodule, name, value)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Free the memory; leave the datamodule as it was also after a fit without an epoch."""
+        """Free the memory."""
         del trainer, pl_module
-        self._swapped.close()
         self._parts = []
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -143,7 +141,8 @@ class FeatureCache(Callback):
             logger.info("Features are computed anew in each epoch: %s.", obstacle)
 
     def _fill(self, trainer: Trainer, module: Any, dataset: AnomalibDataset) -> str | None:
-        """Compute all features, unless they are more than the budget; the result then says so."""
+        """Compute all features, unless they are too many or too large; the result then says so."""
+        self._parts = []
         count, start = len(dataset), 0
         batches = map_images(trainer, module, dataset, module.training_inputs)
         for inputs in tqdm(batches, "Features", delay=10, leave=False, disable=not trainer.is_global_zero):
@@ -155,6 +154,9 @@ class FeatureCache(Callback):
                 self._parts = [_Part(count, value, device) for value in inputs]
                 logger.info("Features of %d images are kept on %s: %.2f GiB.", count, device, size / GIB)
             for part, value in zip(self._parts, inputs, strict=True):
+                if value.is_floating_point() and value.abs().max() > LARGEST:
+                    self._parts = []
+                    return f"features up to {value.abs().max():.3g} are beyond half precision"
                 part.values[start : start + len(value)] = value
             start += len(inputs[0])
         return None

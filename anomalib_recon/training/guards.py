@@ -20,6 +20,11 @@ STEPS_PER_LOOK = 50
 class FiniteLoss(Callback):
     """Stop a training whose loss is NaN or infinite, before a checkpoint is spoilt."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._num_losses = 0
+        self._total = torch.zeros(())
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start afresh."""
         del trainer
@@ -42,12 +47,29 @@ class FiniteLoss(Callback):
         if self._num_losses % STEPS_PER_LOOK == 1:
             self._look(trainer, pl_module)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the losses before their weights are validated, after which they may be saved.
+
+        Raises:
+            RuntimeError: If one is not finite.
+        """
+        self._look(trainer, pl_module)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the losses before the epoch is saved.
 
         Raises:
             RuntimeError: If one is not finite.
         """
+        self._look(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Look at the losses before a checkpoint that is saved amid an epoch is written.
+
+        Raises:
+            RuntimeError: If one is not finite.
+        """
+        del checkpoint
         self._look(trainer, pl_module)
 
     def _look(self, trainer: Trainer, module: LightningModule) -> None:

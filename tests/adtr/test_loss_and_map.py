@@ -164,7 +164,7 @@ def test_map_is_the_norm_of_the_difference_at_the_size_of_the_images() -> None:
     grid = np.meshgrid(*places, indexing="ij")
     norms = np.linalg.norm(features - reconstruction, axis=1)
     expected = [ndimage.map_coordinates(norm, grid, order=1, mode="nearest") for norm in norms]
-    result = AnomalyMapGenerator(3)(*tensors(features, reconstruction), (20, 42))
+    result = AnomalyMapGenerator((20, 42), 3)(*tensors(features, reconstruction))
     assert result.shape == (3, 1, 20, 42)
     np.testing.assert_allclose(result[:, 0], expected, rtol=1e-4)
 
@@ -173,5 +173,5 @@ def test_map_is_the_norm_of_the_difference_at_the_size_of_the_images() -> None:
 def test_score_is_the_maximum_of_the_averaged_map(pool_size: int) -> None:
     maps = np.random.default_rng(0).random((3, 16, 24))
     windows = np.lib.stride_tricks.sliding_window_view(maps, (pool_size, pool_size), axis=(1, 2))
-    scores = AnomalyMapGenerator(pool_size).score(torch.from_numpy(maps)[:, None])
+    scores = AnomalyMapGenerator((16, 24), pool_size).score(torch.from_numpy(maps)[:, None])
     np.testing.assert_allclose(scores, windows.mean(axis=(3, 4)).max(axis=(1, 2)))

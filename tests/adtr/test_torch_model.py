@@ -75,7 +75,7 @@ def test_features_are_resized_and_concatenated(images: Tensor) -> None:
     model = small_model()
     expected = [resize(features, [4, 6], antialias=True) for features in model.backbone(images)]
     assert len({features.shape[-2:] for features in model.backbone(images)}) == 5
-    torch.testing.assert_close(model.extract_features(images), torch.cat(expected, dim=1))
+    torch.testing.assert_close(model.embed(images), torch.cat(expected, dim=1))
 
 
 def attend_by_the_paper(part: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def reconstruct_by_the_paper(model: ADTRModel, features: Tensor) -> Tensor:
         first, _, second = layer.feed_forward
         return (tokens @ first.weight.T + first.bias).clamp(min=0) @ second.weight.T + second.bias
 
-    place = model.position
+    place = model.position_embedding
     encoded = torch.einsum("bchw,dc->bhwd", features, model.reduce.weight[..., 0, 0]).flatten(1, 2) + model.reduce.bias
     for layer in model.encoder:
         attended = attend_by_the_paper(layer.self_attention, encoded + place, encoded + place, encoded)
@@ -124,7 +124,7 @@ def reconstruct_by_the_paper(model: ADTRModel, features: Tensor) -> Tensor:
 @torch.no_grad()
 def test_reconstruction_is_that_of_the_paper(images: Tensor, query: str, attention: str) -> None:
     model = small_model(query=query, attention=attention)
-    features = model.extract_features(images)
+    features = model.embed(images)
     expected = reconstruct_by_the_paper(model, features)
     assert features.shape == expected.shape
     torch.testing.assert_close(model.reconstruct(features), expected, atol=1e-4, rtol=1e-4)
@@ -155,6 +155,17 @@ def test_a_query_that_images_share_is_decoded_as_one_for_each(attention: str) ->
 
 
 @torch.no_grad()
+def test_what_depends_on_weights_alone_is_computed_for_one_image(images: Tensor) -> None:
+    sizes = []
+    for query in ("learned", "encoder"):
+        model = small_model(query=query)
+        for layer in model.decoder:
+            layer.self_attention.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+        model(images)
+    assert sizes == [1, 2, 2, 2]
+
+
+@torch.no_grad()
 def test_places_matter_through_position_and_query_alone(images: Tensor) -> None:
     model = small_model()
     order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
@@ -162,10 +173,10 @@ def test_places_matter_through_position_and_query_alone(images: Tensor) -> None:
     def permute(features: Tensor) -> Tensor:
         return features.flatten(2)[..., order].unflatten(2, (4, 6))
 
-    features = model.extract_features(images)
+    features = model.embed(images)
     expected = permute((features - model.reconstruct(features)).norm(dim=1, keepdim=True))
     assert not torch.allclose(model.reconstruct(permute(features)), permute(model.reconstruct(features)), atol=1e-2)
-    model.position.copy_(model.position[:, order])
+    model.position_embedding.copy_(model.position_embedding[:, order])
     model.query.copy_(model.query[:, order])
     result = (permute(features) - model.reconstruct(permute(features))).norm(dim=1, keepdim=True)
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
@@ -173,7 +184,7 @@ def test_places_matter_through_position_and_query_alone(images: Tensor) -> None:
 
 @torch.no_grad()
 def test_the_query_learns_of_the_image_through_attention_alone(images: Tensor) -> None:
-    features = small_model().extract_features(images)
+    features = small_model().embed(images)
     for query, is_blind in (("learned", True), ("encoder", False)):
         model = small_model(query=query)
         first, second = model.reconstruct(features)
@@ -190,13 +201,13 @@ def test_gradient_reaches_all_of_the_transformer_and_none_of_the_backbone(
     images: Tensor, query: str, attention: str
 ) -> None:
     model = ADTRModel(**{**SMALL, "query": query, "attention": attention}).train()
-    features = model.extract_features(images.requires_grad_())
+    features = model.embed(images.requires_grad_())
     (features - model.reconstruct(features)).square().mean().backward()
     assert images.grad is None
     for name, parameter in model.named_parameters():
         if name.startswith("backbone."):
             assert parameter.grad is None, name
-        elif name in {"position", "query"}:
+        elif name in {"position_embedding", "query"}:
             assert bool(parameter.grad.any(dim=2).all()), name
         else:
             assert bool(parameter.grad.any()), name
@@ -204,10 +215,10 @@ def test_gradient_reaches_all_of_the_transformer_and_none_of_the_backbone(
 
 def test_dropout_is_a_matter_of_training(images: Tensor) -> None:
     model = small_model(dropout=0.5)
-    features = model.extract_features(images)
+    features = model.embed(images)
     assert torch.equal(model.reconstruct(features), model.reconstruct(features))
     model.train()
-    assert torch.equal(model.extract_features(images), features)
+    assert torch.equal(model.embed(images), features)
     assert not torch.allclose(model.reconstruct(features), model.reconstruct(features))
 
 
@@ -215,7 +226,7 @@ def test_scores_follow_from_the_reconstruction(images: Tensor) -> None:
     model = small_model(pool_size=5)
     with torch.no_grad():
         predictions = model(images)
-        features = model.extract_features(images)
+        features = model.embed(images)
         norms = (features - model.reconstruct(features)).square().sum(dim=1, keepdim=True).sqrt()
     expected = functional.interpolate(norms, (64, 96), mode="bilinear")
     torch.testing.assert_close(predictions.anomaly_map, expected)

@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
-from sklearn.covariance import EmpiricalCovariance
 from torch.nn import functional
 
 from anomalib_recon.models import PatchAE
 from anomalib_recon.models.patch_ae.torch_model import PatchAEModel
-from anomalib_recon.models.patch_ae.whitening import Whitening
 
 SMALL = {"backbone": "resnet18", "pre_trained": False, "image_size": (64, 48), "embed_dim": 16}
 
@@ -27,7 +25,7 @@ def changed_patches(model: PatchAEModel, row: int, column: int) -> torch.Tensor:
     perturbed = features.clone()
     perturbed[:, :, row, column] += 0.5
     with torch.no_grad():
-        difference = (model.decode(perturbed) != model.decode(features)).float()
+        difference = (model.reconstruct(perturbed) != model.reconstruct(features)).float()
     return functional.max_pool2d(difference.amax(dim=1), 8)[0] > 0
 
 
@@ -49,9 +47,9 @@ def test_shapes_with_any_cnn(backbone: str) -> None:
     model = build(backbone=backbone)
     images = torch.rand(2, 3, 64, 48)
     with torch.no_grad():
-        features = model.encode(images)
+        features = model.embed(images)
         assert features.shape == (2, 16, 8, 6)
-        assert model.decode(features).shape == images.shape
+        assert model.reconstruct(features).shape == images.shape
         model.bank.fill(torch.rand(20, 16))
         predictions = model(images)
     assert predictions.pred_score.shape == (2,)
@@ -65,7 +63,7 @@ def test_order_of_memory_changes_no_gradient() -> None:
     plain.backbone.to(memory_format=torch.contiguous_format)
     images = torch.rand(2, 3, 64, 48)
     for network in (model, plain):
-        network.decode(network.encode(images)).square().mean().backward()
+        network.reconstruct(network.embed(images)).square().mean().backward()
     expected = dict(plain.named_parameters())
     for name, parameter in model.named_parameters():
         gradient = expected[name].grad
@@ -92,66 +90,56 @@ def test_trained_stages_get_gradients_and_the_others_none(trained_stages: int) -
     parts = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"]
     assert frozen == set(parts[: {4: 0, 3: 3, 2: 4, 1: 5, 0: 6}[trained_stages]])
     model.train()
-    model.decode(model.encode(torch.rand(1, 3, 64, 48))).sum().backward()
+    model.reconstruct(model.embed(torch.rand(1, 3, 64, 48))).sum().backward()
     assert all((weight.grad is not None) == weight.requires_grad for weight in model.parameters())
 
 
-def test_scores_by_features_stages_and_reconstruction() -> None:
+def test_scores_by_features_and_reconstruction() -> None:
     images = torch.rand(3, 3, 64, 48)
-    for score_by, width in (("features", 16), ("stages", 960)):
-        model = build(score_by=score_by, sigma=0)
+    for embed_dim, width in ((16, 16), (None, 960)):  # without a projection, vectors are those of the stages
+        model = build(embed_dim=embed_dim, sigma=0)
+        model.scale.fit([torch.rand(4, 960, 8, 6)])
         vectors = torch.rand(50, width)
         model.bank.fill(vectors)
         with torch.no_grad():
-            features = model.encode(images) if score_by == "features" else model.extract_stages(images)
-            distances = torch.cdist(features.flatten(2).transpose(1, 2), vectors).amin(dim=2).reshape(3, 1, 8, 6)
+            codes = model.embed(images) if embed_dim else model.scale(model.extract_stages(images))
+            distances = torch.cdist(codes.flatten(2).transpose(1, 2), vectors).amin(dim=2).reshape(3, 1, 8, 6)
             expected = functional.interpolate(distances, (64, 48), mode="bilinear")
             torch.testing.assert_close(model(images).anomaly_map, expected, rtol=1e-3, atol=1e-4)
     model = build(score_by="reconstruction", sigma=0)
     with torch.no_grad():
-        reconstruction, predictions = model.reconstruct_and_score(images)
-        torch.testing.assert_close(reconstruction, model.decode(model.encode(images)))
+        reconstruction = model.reconstruct(model.embed(images))
+        predictions = model(images)
     torch.testing.assert_close(predictions.anomaly_map[:, 0], (reconstruction - images).square().mean(dim=1))
 
 
-def test_stages_are_standardised_in_training() -> None:
+def test_codes_are_compared_after_whitening() -> None:
+    model = build(sigma=0)
+    codes, normal = torch.rand(3, 16, 8, 6), torch.rand(100, 16) * torch.linspace(0.1, 10, 16)
+    model.whitening.fit(normal)
+    model.bank.fill(model.whitening.whiten(normal[:1]))
+    shifted = codes - normal[0][:, None, None]
+    distances = torch.einsum("dc,bchw->bdhw", model.whitening.matrix, shifted).norm(dim=1, keepdim=True)
+    expected = functional.interpolate(distances, (64, 48), mode="bilinear")
+    torch.testing.assert_close(model.compare(codes).anomaly_map, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_stages_are_scaled_before_the_projection() -> None:
     model = build()
     images = torch.rand(4, 3, 64, 48)
     with torch.no_grad():
-        raw = model.extract_stages(images).numpy()  # statistics are still 0 and 1
-        standardised = model.train().extract_stages(images).numpy()
-    expected = (raw - raw.mean((0, 2, 3), keepdims=True)) / np.sqrt(raw.var((0, 2, 3), keepdims=True) + 1e-5)
-    np.testing.assert_allclose(standardised, expected, atol=1e-2)
+        stages = model.extract_stages(images)
+        raw = stages.double().numpy()
+        model.scale.fit(stages.split(3))
+        codes = model.train().embed(images)
+    # one hundredth of a stage's mean variance is added to that of each channel
+    means, variances = raw.mean((0, 2, 3)), raw.var((0, 2, 3))
+    parts = np.split(variances, np.cumsum([64, 128, 256]))
+    stds = np.sqrt(np.concatenate([part + 0.01 * part.mean() for part in parts]))
+    scaled = (raw - means[:, None, None]) / stds[:, None, None]
+    with torch.no_grad():
+        torch.testing.assert_close(codes, model.project(torch.from_numpy(scaled).float()), rtol=1e-4, atol=1e-4)
     assert np.abs(raw.mean((0, 2, 3))).max() > 0.1
-
-
-def test_distances_are_in_units_of_the_normal_variation() -> None:
-    """The Mahalanobis distance of scikit-learn, but for the shrinkage, and the same whatever the scale of features."""
-    generator = torch.Generator().manual_seed(0)
-    mixing = torch.randn(6, 6, generator=generator)
-    normal, other = (torch.randn(count, 6, generator=generator) @ mixing.T + 5 for count in (4000, 10))
-    whitening = Whitening(6)
-    whitening.fit(normal)
-
-    def whiten(vectors: torch.Tensor) -> torch.Tensor:
-        return whitening(vectors[:, :, None, None])[:, :, 0, 0]
-
-    distances = (whiten(other) - whiten(normal.mean(dim=0, keepdim=True))).norm(dim=1)
-    covariance = EmpiricalCovariance().fit(normal.numpy()).covariance_
-    shrunk = covariance + 0.01 * np.trace(covariance) / 6 * np.eye(6)
-    centred = other.numpy() - normal.numpy().mean(axis=0)
-    expected = np.sqrt(np.einsum("nc,cd,nd->n", centred, np.linalg.inv(shrunk), centred))
-    np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-3)
-    torch.testing.assert_close(whiten(normal).mean(dim=0), torch.zeros(6), rtol=0, atol=1e-4)
-    whitened = whiten(other)
-    whitening.fit(1e-3 * normal)
-    torch.testing.assert_close(whiten(1e-3 * other), whitened, rtol=1e-3, atol=1e-3)
-
-
-def test_constant_features_are_whitened_without_failure() -> None:
-    whitening = Whitening(4)
-    whitening.fit(torch.full((10, 4), 3.0))
-    assert bool(whitening(torch.full((1, 4, 2, 2), 3.0)).isfinite().all())
 
 
 def test_sigma_is_that_of_a_gaussian_on_the_map() -> None:
@@ -175,7 +163,7 @@ def test_sigma_is_that_of_a_gaussian_on_the_map() -> None:
         ({"patch_size": 0}, "patch_size must be at least 1, got 0"),
         ({"embed_dim": 0}, "embed_dim must be at least 1, got 0"),
         ({"trained_stages": 5}, "trained_stages must be from 0 to 4, got 5"),
-        ({"score_by": "error"}, "score_by must be 'features', 'stages' or 'reconstruction', got 'error'"),
+        ({"score_by": "error"}, "score_by must be 'features' or 'reconstruction', got 'error'"),
         ({"sigma": -1.0}, "sigma must not be negative, got -1.0"),
         ({"vectors_per_chunk": 0}, "vectors_per_chunk must be at least 1, got 0"),
         ({"backbone": "resnet"}, "backbone='resnet' is not a model of timm"),
@@ -217,4 +205,4 @@ def test_image_size_follows_the_pre_processor_if_patches_fit_in_it() -> None:
 
 def test_images_of_another_size_are_refused() -> None:
     with pytest.raises(ValueError, match=r"images must have shape \(B, 3, 64, 48\), got \(1, 3, 64, 64\); resize"):
-        build().encode(torch.rand(1, 3, 64, 64))
+        build().embed(torch.rand(1, 3, 64, 64))

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from anomalib.data import MVTecAD
@@ -65,7 +66,7 @@ def features_of(model: PatchAE, root: Path) -> torch.Tensor:
     """Whitened features of the normal training images, (12 * 8 * 8, D)."""
     network = model.eval().model
     with torch.no_grad():
-        features = network.whitening(network.encode(images_in(root / "stripes" / "train" / "good")))
+        features = network.whitening(network.embed(images_in(root / "stripes" / "train" / "good")))
     return features.permute(0, 2, 3, 1).flatten(0, 2)
 
 
@@ -104,6 +105,19 @@ def test_statistics_of_batch_normalisation_stay_those_of_the_weights(trained: tu
     assert norms
     assert all(bool((norm.running_mean == 0).all()) and bool((norm.running_var == 1).all()) for norm in norms)
     assert any(bool((norm.weight != norm.weight[0]).any()) for norm in norms)
+
+
+def test_statistics_are_those_of_all_training_images_before_training(stripes: Path, tmp_path: Path) -> None:
+    seed_everything(0)
+    model = PatchAE(**SMALL)
+    with torch.no_grad():
+        stages = model.model.extract_stages(images_in(stripes / "stripes" / "train" / "good")).double().numpy()
+    train(stripes, tmp_path, model=model, max_steps=1)
+    means, variances = stages.mean((0, 2, 3)), stages.var((0, 2, 3))
+    parts = np.split(variances, np.cumsum([64, 128, 256]))
+    stds = np.sqrt(np.concatenate([part + 0.01 * part.mean() for part in parts]))
+    np.testing.assert_allclose(model.model.scale.mean.flatten(), means, rtol=1e-4, atol=1e-5 * stds.max())
+    np.testing.assert_allclose(model.model.scale.std.flatten(), stds, rtol=1e-4)
 
 
 def test_bank_of_ratio_one_holds_them_all(stripes: Path, tmp_path: Path) -> None:

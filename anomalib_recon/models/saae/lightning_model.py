@@ -86,10 +86,10 @@ class SAAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
             Defaults to ``"norm"``.
         learning_rate (float): Learning rate of Adam.
             Defaults to ``1e-4``.
-        feature_cache_gib (float): Features of the training images are computed in the first epoch and kept, in up to so
-            many GiB of memory a process; more are in a temporary file in the trainer's ``default_root_dir``. 0 computes
-            them anew in each epoch, as augmentations do on their own: choose 0 if a callback or a dataset of yours
-            changes training images at random.
+        feature_cache_gib (float): Features of the training images are computed once, at the start of a fit, and kept in
+            half precision, in up to so many GiB of memory a process. More, or 0, has them computed anew in each epoch,
+            as augmentations do on their own: choose 0 if a callback or a dataset of yours changes training images at
+            random.
             Defaults to ``2.0``.
         pre_processor (PreProcessor | bool): Pre-processor; it must leave images in [0, 1].
             Defaults to ``True``.

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import socket
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.transforms.v2.functional import normalize
 
+from anomalib_recon.layers import BackboneNormalize, FrozenBackbone, stage_strides
 from anomalib_recon.models import ADTR
-from anomalib_recon.models.components import BackboneNormalize, FrozenBackbone, stage_strides
 
 
 def random_model(name: str) -> nn.Module:
@@ -164,15 +166,61 @@ def test_missing_weights_without_network_are_named_at_once(model: type) -> None:
     assert "pass backbone_weights=FILE, or pre_trained=False" in line
 
 
-def test_a_host_that_does_not_answer_is_given_up_soon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+def use_mirror(monkeypatch: pytest.MonkeyPatch, cache: Path, port: int) -> None:
+    address = f"http://127.0.0.1:{port}/{{repo_id}}/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+def test_a_host_that_does_not_answer_is_given_up_as_soon_as_the_hub_would(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("anomalib_recon.layers.backbone.HF_HUB_ETAG_TIMEOUT", 1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        address = f"http://127.0.0.1:{silent.getsockname()[1]}/{{repo_id}}/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+        use_mirror(monkeypatch, tmp_path, silent.getsockname()[1])
         start = time.monotonic()
         with pytest.raises(ConnectionError, match="their host does not answer"):
             FrozenBackbone("resnet18")
         assert time.monotonic() - start < 5
+
+
+class SlowMirror(BaseHTTPRequestHandler):
+    """Serves one file, and takes four seconds to say that it has it."""
+
+    content = b""
+
+    def do_HEAD(self) -> None:
+        time.sleep(4)
+        self.answer()
+
+    def do_GET(self) -> None:
+        self.answer()
+        self.wfile.write(self.content)
+
+    def answer(self) -> None:
+        self.send_response(200)
+        headers = {"ETag": '"0123"', "X-Repo-Commit": 40 * "a", "Content-Length": str(len(self.content))}
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, *args) -> None:
+        """Say nothing."""
+
+
+def test_a_slow_mirror_brings_the_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = random_model("test_convnext")
+    content = write(model, tmp_path / "weights.safetensors").read_bytes()
+    monkeypatch.setattr(SlowMirror, "content", content)
+    with ThreadingHTTPServer(("127.0.0.1", 0), SlowMirror) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        use_mirror(monkeypatch, tmp_path / "cache", server.server_port)
+        loaded = FrozenBackbone("test_convnext").extractor.state_dict()
+        server.shutdown()
+    expected = {key.replace(".", "_"): tensor for key, tensor in model.state_dict().items()}
+    for key, tensor in loaded.items():
+        assert torch.equal(tensor, expected[key.replace(".", "_")]), key
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+
+import pytest
+import torch
+from torch import nn
+
+from anomalib_recon.models.saae.autoencoder import DecoderLayer, LatentTransformer
+
+
+def test_a_query_that_images_share_is_decoded_as_one_for_each() -> None:
+    torch.manual_seed(0)
+    layer = DecoderLayer(d_model=12, nhead=3, dim_feedforward=24, dropout=0.0, batch_first=True)
+    query, encoded = torch.rand(1, 6, 12), torch.rand(4, 6, 12)
+    expected = layer(query.expand(4, -1, -1), encoded)
+    torch.testing.assert_close(layer(query, encoded), expected)
+    # without dropout, it is torch's layer
+    plain = nn.TransformerDecoderLayer(12, 3, 24, dropout=0.0, batch_first=True)
+    plain.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(expected, plain(query.expand(4, -1, -1), encoded))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_what_depends_on_weights_alone_is_computed_for_one_image(depth: int) -> None:
+    transformer = LatentTransformer(latent_dim=6, grid_size=(4, 4), patch_size=2, num_heads=3, depth=depth, mlp_dim=6)
+    sizes = []
+    for layer in transformer.decoder:
+        layer.self_attn.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    assert transformer(torch.rand(5, 6, 4, 4)).shape == (5, 6, 4, 4)
+    assert sizes == [1, *[5] * (depth - 1)]

@@ -21,9 +21,11 @@ import torch
 from anomalib import LearningType
 from anomalib.data import AnomalibDataset, Batch
 from anomalib.data.utils import LabelName
+from anomalib.metrics import Evaluator
+from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.utils.config import to_tuple
-from anomalib.visualization import ImageVisualizer
+from anomalib.visualization import ImageVisualizer, Visualizer
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
@@ -58,9 +60,17 @@ PROBE_SIZE = (10, 10)
 class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # to_onnx as anomalib's
     """Mixin of models that rebuild something and compare it with what it should be.
 
-    Put it before anomalib's ``AnomalibModule``, of which a model is a direct subclass: anomalib finds no others. In the
-    constructor, in this order: :meth:`find_image_size`, ``super().__init__`` with :meth:`make_pre_processor`,
-    :meth:`build_network`, ``self.loss``.
+    Put it before anomalib's ``AnomalibModule``, of which a model is a direct subclass: anomalib finds no others. A
+    model's constructor calls ``super().__init__`` with the arguments below, checks its own, and sets ``self.model`` (by
+    :meth:`build_network`) and ``self.loss``.
+
+    Args:
+        image_size (int | Sequence[int] | None): Height and width that images are resized to, in pixels; an int means a
+            square. ``None`` takes the size of ``pre_processor``, or else ``default_image_size``.
+        pre_processor (PreProcessor | bool): Pre-processor, or whether to have the default one.
+        post_processor (PostProcessor | bool): Post-processor, or whether to have the default one.
+        evaluator (Evaluator | bool): Evaluator, or whether to have the default one.
+        visualizer (Visualizer | bool): Visualizer, or whether to have the default one.
 
     Attributes:
         network (type[nn.Module]): The network. The module has its arguments by the same names.
@@ -78,6 +88,23 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
     model: Any
 
     # --- construction
+
+    def __init__(
+        self,
+        image_size: int | Sequence[int] | None,
+        pre_processor: PreProcessor | bool,
+        post_processor: PostProcessor | bool,
+        evaluator: Evaluator | bool,
+        visualizer: Visualizer | bool,
+    ) -> None:
+        size = self.find_image_size(image_size, pre_processor)
+        super().__init__(
+            pre_processor=self.configure_pre_processor(size) if pre_processor is True else pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        self.hparams["image_size"] = size  # anomalib has saved the argument
 
     @classmethod
     def find_image_size(
@@ -113,11 +140,6 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
             msg = f"image_size must be the size that pre_processor resizes to, got {size} and {resized}; leave one out."
             raise ValueError(msg)
         return size
-
-    @classmethod
-    def make_pre_processor(cls, pre_processor: PreProcessor | bool, image_size: tuple[int, int]) -> PreProcessor | bool:
-        """Make the default pre-processor for an image size, unless the user has passed another, or none."""
-        return cls.configure_pre_processor(image_size) if pre_processor is True else pre_processor
 
     def build_network(self) -> Any:
         """Build the network from those arguments of the module that it has, too.
@@ -296,11 +318,15 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
             ValueError: If it is of another model, of a network with other arguments, or of another version.
         """
         self.refuse_other_networks(checkpoint)
-        missing = [name for name in self.model.state_dict() if f"model.{name}" not in checkpoint["state_dict"]]
-        if missing:
+        saved = {name: value.shape for name, value in checkpoint["state_dict"].items() if name.startswith("model.")}
+        different = sorted(saved.keys() ^ {f"model.{name}" for name in self.model.state_dict()})
+        if not different:  # a buffer, such as a bank, takes the size that it has in the checkpoint
+            weights = {f"model.{name}": weight.shape for name, weight in self.model.named_parameters()}
+            different = [name for name, shape in weights.items() if saved[name] != shape]
+        if different:
             msg = (
-                f"The checkpoint lacks {len(missing)} tensors of {type(self).__name__}, {missing[0]} for one: it is of "
-                "another version of anomalib-recon; train anew."
+                f"The checkpoint and {type(self).__name__} differ in {len(different)} tensors, {different[0]} for one: "
+                "it is of another version of anomalib-recon; train anew."
             )
             raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)

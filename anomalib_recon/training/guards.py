@@ -54,7 +54,7 @@ class FiniteLoss(Callback):
         if not self._total.isfinite():
             msg = (
                 f"The loss is {float(self._total)} in epoch {trainer.current_epoch}; lower learning_rate "
-                f"({module.hparams['learning_rate']}) or use precision 32. The last checkpoint is from before."
+                f"({module.hparams.get('learning_rate')}) or use precision 32. The last checkpoint is from before."
             )
             raise RuntimeError(msg)
         self._total = torch.zeros_like(self._total)

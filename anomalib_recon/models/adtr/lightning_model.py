@@ -155,14 +155,8 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         visualizer: Visualizer | bool = True,
     ) -> None:
         # assigned before the arguments are saved as hyper-parameters
-        image_size = self.find_image_size(image_size, pre_processor)
         feature_size = None if feature_size is None else to_tuple(feature_size)  # type: ignore[arg-type]  # hints at int alone
-        super().__init__(
-            pre_processor=self.make_pre_processor(pre_processor, image_size),
-            post_processor=post_processor,
-            evaluator=evaluator,
-            visualizer=visualizer,
-        )
+        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
         check_whole(lr_drop_epoch=lr_drop_epoch)
         check_positive(alpha=alpha, learning_rate=learning_rate)
         check_finite(weight_decay=weight_decay, confetti=confetti)

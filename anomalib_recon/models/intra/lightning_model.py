@@ -144,13 +144,7 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        image_size = self.find_image_size(image_size, pre_processor)  # before it is saved as a hyper-parameter
-        super().__init__(
-            pre_processor=self.make_pre_processor(pre_processor, image_size),
-            post_processor=post_processor,
-            evaluator=evaluator,
-            visualizer=visualizer,
-        )
+        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
         check_whole(
             windows_per_image=windows_per_image,
             windows_per_step=windows_per_step,

@@ -147,13 +147,7 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        image_size = self.find_image_size(image_size, pre_processor)  # before it is saved as a hyper-parameter
-        super().__init__(
-            pre_processor=self.make_pre_processor(pre_processor, image_size),
-            post_processor=post_processor,
-            evaluator=evaluator,
-            visualizer=visualizer,
-        )
+        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
         check_finite(coreset_ratio=coreset_ratio, alpha=alpha, backbone_learning_rate=backbone_learning_rate)
         check_positive(learning_rate=learning_rate)
         if backbone_learning_rate <= 0:

@@ -134,13 +134,7 @@ class SAAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        image_size = self.find_image_size(image_size, pre_processor)  # before it is saved as a hyper-parameter
-        super().__init__(
-            pre_processor=self.make_pre_processor(pre_processor, image_size),
-            post_processor=post_processor,
-            evaluator=evaluator,
-            visualizer=visualizer,
-        )
+        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
         check_positive(learning_rate=learning_rate)
         check_finite(explained_variance=explained_variance)
         if not 0 < explained_variance <= 1:

@@ -95,10 +95,12 @@ class FeatureCache(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the datamodule make batches of places in the cache."""
-        del pl_module
         if not self._parts:
             return
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if trainer.ckpt_path is not None and not self._is_current(trainer, pl_module, datamodule.train_data):
+            logger.info("The backbone of the checkpoint is another one: features are computed anew.")
+            self._fill(trainer, pl_module, datamodule.train_data)
         # numbers need no worker processes
         replaced = {"train_data": _Places(len(datamodule.train_data)), "num_workers": 0, "external_collate_fn": None}
         for name, value in replaced.items():
@@ -151,6 +153,12 @@ class FeatureCache(Callback):
                 part.values[start : start + len(value)] = value
             start += len(inputs[0])
         return None
+
+    def _is_current(self, trainer: Trainer, module: Any, dataset: AnomalibDataset) -> bool:
+        """Whether the model still makes of the first images what is kept: a checkpoint brings its own backbone."""
+        inputs = next(map_images(trainer, module, dataset, module.training_inputs))
+        kept = zip(self._parts, inputs, strict=True)
+        return all(torch.equal(part.values[: len(value)], value.to(part.values)) for part, value in kept)
 
     def _normal_features(self, trainer: Trainer, module: Any, dataset: AnomalibDataset) -> Iterator[Tensor]:
         if self._parts:

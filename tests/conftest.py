@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import os
+import shutil
 from pathlib import Path
 
 # the workers of a parallel run, and what they start, share the cores
@@ -9,7 +10,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
+from anomalib.deploy import ExportType
 from PIL import Image
+
+from anomalib_recon.data import DemoAD, drawing
+from tests.tiny_models import TINY, Trained, build, engine_in, train
 
 
 def draw_stripes(random: np.random.Generator, size: tuple[int, int], hole: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -65,3 +70,44 @@ def mixed_stripes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index, path in enumerate(paths[::2]):
         save(random.random([(150, 200), (40, 48), (96, 64)][index % 3]), path)
     return root
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root of demo data with few pictures: 12 to train on, 4 good and 10 defective to test."""
+    root = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        for constant, count in {"TRAIN_PICTURES": 12, "GOOD_TEST_PICTURES": 4, "PICTURES_PER_DEFECT": 2}.items():
+            patch.setattr(drawing, constant, count)
+        DemoAD(root=root).prepare_data()
+    return root
+
+
+@pytest.fixture(scope="session", params=TINY)
+def name(request: pytest.FixtureRequest) -> str:
+    """Each of the models in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def trained(name: str, demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A tiny model, trained on demo data."""
+    return train(build(name), demo, tmp_path_factory.mktemp(name))
+
+
+@pytest.fixture(scope="session")
+def exported(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> dict[ExportType, Path]:
+    """Exports of the trained model. anomalib makes the OpenVINO model from one in ONNX, which is kept here."""
+    folder = tmp_path_factory.mktemp("exported")
+    model = type(trained.model).load_from_checkpoint(trained.checkpoint)
+    paths = {ExportType.TORCH: engine_in(folder).export(model, ExportType.TORCH, export_root=folder)}
+    to_onnx = model.to_onnx
+
+    def to_onnx_and_keep(*args, **kwargs) -> Path:
+        path = to_onnx(*args, **kwargs)
+        paths[ExportType.ONNX] = shutil.copytree(path.parent, folder / "onnx") / path.name
+        return path
+
+    model.to_onnx = to_onnx_and_keep
+    paths[ExportType.OPENVINO] = engine_in(folder).export(model, ExportType.OPENVINO, export_root=folder)
+    return paths

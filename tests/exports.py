@@ -27,7 +27,12 @@ def export(model: AnomalibModule, folder: Path, export_type: ExportType, **kwarg
 
 def images_of(root: Path, size: tuple[int, int]) -> np.ndarray:
     """All test images of the stripes at a size, ``(10, 3, *size)`` with values in [0, 1]."""
-    paths = sorted((root / "stripes" / "test").rglob("*.png"))
+    return read_images(root / "stripes" / "test", size)
+
+
+def read_images(folder: Path, size: tuple[int, int]) -> np.ndarray:
+    """All images of a folder and its folders at a size, ``(N, 3, *size)`` with values in [0, 1]."""
+    paths = sorted(folder.rglob("*.png"))
     images = [Image.open(path).convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR) for path in paths]
     return np.stack(images).transpose(0, 3, 1, 2).astype(np.float32) / 255
 

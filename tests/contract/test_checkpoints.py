@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Checkpoints: plain data that needs no other file, and is refused by whatever it does not fit."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from anomalib.models import AnomalibModule, Padim
+from lightning import Trainer
+
+from tests.tiny_models import TINY, Trained, build, demo_data, demo_images, engine_in
+
+
+@pytest.fixture
+def checkpoint(trained: Trained) -> dict[str, Any]:
+    """What the checkpoint holds, to be changed."""
+    return torch.load(trained.checkpoint, weights_only=True)
+
+
+def save(model: AnomalibModule, path: Path) -> Path:
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(path)
+    return path
+
+
+def network_arguments(model: AnomalibModule) -> list[str]:
+    """Arguments by which a checkpoint must be that of the same network."""
+    free = {"pre_trained", "backbone_weights", *model.free_arguments}
+    return [argument for argument in inspect.signature(model.network).parameters if argument not in free]
+
+
+def test_it_holds_what_the_model_was_built_with(trained: Trained, checkpoint: dict[str, Any]) -> None:
+    saved = checkpoint["hyper_parameters"]
+    assert saved["image_size"] == (64, 64)
+    assert {argument: saved[argument] for argument in network_arguments(trained.model)} == {
+        argument: trained.model.hparams[argument] for argument in network_arguments(trained.model)
+    }
+
+
+def test_a_loaded_model_scores_as_the_trained_one(trained: Trained, demo: Path) -> None:
+    loaded = type(trained.model).load_from_checkpoint(trained.checkpoint).eval()
+    images = torch.from_numpy(demo_images(demo, (256, 256)))
+    with torch.no_grad():
+        expected, result = trained.model(images), loaded(images)
+    assert expected.pred_label.any()
+    assert not expected.pred_label.all()
+    for field in ("pred_score", "anomaly_map", "pred_label", "pred_mask"):
+        assert torch.equal(getattr(result, field), getattr(expected, field)), field
+
+
+def test_it_needs_no_weights_of_the_backbone(
+    trained: Trained, checkpoint: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        msg = "no network here"
+        raise OSError(msg)
+
+    if "pre_trained" not in checkpoint["hyper_parameters"]:
+        pytest.skip("has no backbone")
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    for weights in (None, str(tmp_path / "gone.pth")):
+        checkpoint["hyper_parameters"] |= {"pre_trained": True, "backbone_weights": weights}
+        torch.save(checkpoint, tmp_path / "model.ckpt")
+        loaded = type(trained.model).load_from_checkpoint(tmp_path / "model.ckpt")
+        for key, value in trained.model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[key], value), key
+
+
+def test_another_model_of_the_same_arguments_tests_with_it(
+    name: str, trained: Trained, demo: Path, tmp_path: Path
+) -> None:
+    engine = engine_in(tmp_path)
+    by_path = engine.test(build(name, seed=1), datamodule=demo_data(demo), ckpt_path=trained.checkpoint)
+    assert by_path == engine.test(trained.model, datamodule=demo_data(demo))
+    trained.model.eval()
+
+
+@pytest.mark.parametrize("other", [*TINY, "Padim"])
+def test_one_of_another_model_is_refused(name: str, other: str, demo: Path, tmp_path: Path) -> None:
+    if other == name:
+        pytest.skip("the same model")
+    stranger = Padim(backbone="resnet18", pre_trained=False) if other == "Padim" else build(other)
+    path = save(stranger, tmp_path / "stranger.ckpt")
+    model = build(name)
+    with pytest.raises(ValueError, match=rf"^The checkpoint is not one of {name}[^\n]*$"):
+        engine_in(tmp_path).test(model, datamodule=demo_data(demo), ckpt_path=path)
+    with pytest.raises(ValueError, match=r"^[^\n]+$"):
+        type(model).load_from_checkpoint(path)
+
+
+def test_one_of_another_network_is_refused_by_its_arguments(
+    name: str, trained: Trained, checkpoint: dict[str, Any], demo: Path, tmp_path: Path
+) -> None:
+    different = build(name, image_size=96)
+    words = (
+        r"^The checkpoint needs a model with image_size=\(64, 64\) \(not \(96, 96\)\); pass [^\n]*--model.image_size"
+    )
+    with pytest.raises(ValueError, match=words):
+        engine_in(tmp_path).test(different, datamodule=demo_data(demo), ckpt_path=trained.checkpoint)
+    model = build(name)
+    for argument in network_arguments(model):
+        other = {**checkpoint, "hyper_parameters": {**checkpoint["hyper_parameters"], argument: "another"}}
+        with pytest.raises(ValueError, match=rf"^The checkpoint needs a model with {argument}=another \(not [^\n]*$"):
+            model.on_load_checkpoint(other)
+
+
+def test_one_of_another_version_is_refused(name: str, trained: Trained, checkpoint: dict[str, Any]) -> None:
+    model, arguments = build(name), checkpoint["hyper_parameters"]
+    for argument in network_arguments(model):
+        other = {key: value for key, value in arguments.items() if key != argument}
+        with pytest.raises(ValueError, match=rf"^The checkpoint is not one of {name}, or of a version without some of"):
+            model.on_load_checkpoint({**checkpoint, "hyper_parameters": other})
+
+    state = checkpoint["state_dict"]
+    weight = next(key for key, value in trained.model.named_parameters() if value.requires_grad)
+    without = {key: value for key, value in state.items() if key != weight}
+    for changed in (without, {**state, "model.new": torch.ones(1)}, {**state, weight: torch.ones(1, 2, 3)}):
+        words = rf"^The checkpoint and {name} differ in 1 tensors, (model.new|{weight}) for one: it is of another ver"
+        with pytest.raises(ValueError, match=words):
+            model.on_load_checkpoint({**checkpoint, "state_dict": changed})

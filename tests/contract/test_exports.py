@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Exports score as the checkpoint does, image by image: torch, ONNX and OpenVINO."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data import PredictDataset
+from anomalib.deploy import ExportType, OpenVINOInferencer
+from PIL import Image
+
+from tests.exports import FP32, expected_from, run
+from tests.tiny_models import OWN_SIZE, Trained, demo_data, demo_images, engine_in
+
+Exported = dict[ExportType, Path]
+
+
+def assert_equal(result: dict[str, np.ndarray], expected: dict[str, np.ndarray], bound: float) -> None:
+    """Score, map, label and mask of each image are equal, on the normalised scale of [0, 1]."""
+    for name in ("pred_score", "anomaly_map"):
+        assert np.ptp(expected[name]) > 0.3
+        difference = np.abs(result[name].reshape(expected[name].shape) - expected[name])
+        assert difference.reshape(len(difference), -1).max(axis=1).max() < bound, name
+    for name, scores in (("pred_label", "pred_score"), ("pred_mask", "anomaly_map")):
+        clear = np.abs(expected[scores] - 0.5) > bound  # from the threshold, which is the score of an image
+        same = result[name].reshape(expected[name].shape) == expected[name]
+        assert clear.mean() > 0.9
+        assert same.reshape(clear.shape)[clear].all(), name
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize(("size", "bound"), [(OWN_SIZE, 1e-3), ((200, 131), 1e-2), ((48, 40), 1e-2)])
+@pytest.mark.parametrize("export_type", [ExportType.ONNX, ExportType.OPENVINO])
+def test_graphs_score_as_the_checkpoint(
+    trained: Trained,
+    exported: Exported,
+    demo: Path,
+    export_type: ExportType,
+    size: tuple[int, int],
+    bound: float,
+    batch_size: int,
+) -> None:
+    images = demo_images(demo, size)
+    assert_equal(run(exported[export_type], images, batch_size), expected_from(trained.model, images), bound)
+
+
+def test_a_pickled_model_scores_as_the_checkpoint(trained: Trained, exported: Exported, demo: Path) -> None:
+    loaded = torch.load(exported[ExportType.TORCH], weights_only=False)["model"].eval()
+    for size in (OWN_SIZE, (200, 131)):
+        images = demo_images(demo, size)
+        expected = expected_from(trained.model, images)
+        assert_equal(expected_from(loaded, images), expected, 1e-6)
+
+
+def test_an_inferencer_scores_files_as_the_engine(
+    trained: Trained, exported: Exported, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where the inferencer puts its cache
+    folder = demo_data(demo).root / "grid" / "test"
+    batches = engine_in(tmp_path).predict(trained.model, dataset=PredictDataset(folder))
+    trained.model.eval()
+    inferencer = OpenVINOInferencer(exported[ExportType.OPENVINO], device="CPU", config=FP32)
+    for batch in batches:
+        predicted = inferencer.predict(Image.open(batch.image_path[0]).convert("RGB"))
+        assert predicted.pred_score.item() == pytest.approx(batch.pred_score.item(), abs=1e-2)
+        np.testing.assert_allclose(predicted.anomaly_map.squeeze(), batch.anomaly_map.squeeze(), atol=1e-2)

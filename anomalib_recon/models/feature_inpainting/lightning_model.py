@@ -62,10 +62,14 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
             Defaults to ``7``.
         hole_size (int): Side of the part in its middle that is not seen, in cells, odd.
             Defaults to ``1``.
+        rank (int): Directions of the linear prediction that are kept.
+            Defaults to ``128``.
+        num_units (int): Rectified random combinations of them that let the prediction bend; 0 leaves it linear.
+            Defaults to ``1024``.
         top_fraction (float): Share of the map, from the highest value down, whose mean is the image's score.
             Defaults to ``0.01``.
         feature_cache_gib (float): Features of the training images are computed once and kept in half precision, in up
-            to so many GiB of memory. If they need more, they are computed anew in each of four passes.
+            to so many GiB of memory. If they need more, they are computed anew in each of five passes.
             Defaults to ``4.0``.
         pre_processor (PreProcessor | bool): Pre-processor; it must leave images in [0, 1].
             Defaults to ``True``.
@@ -97,6 +101,8 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
         context_dim: int = 64,
         window_size: int = 7,
         hole_size: int = 1,
+        rank: int = 128,
+        num_units: int = 1024,
         top_fraction: float = 0.01,
         feature_cache_gib: float = 4.0,
         pre_processor: PreProcessor | bool = True,

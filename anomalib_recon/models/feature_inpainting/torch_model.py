@@ -69,6 +69,10 @@ class FeatureInpaintingModel(nn.Module):
             Defaults to ``7``.
         hole_size (int): Side of the part of it that is not seen, in cells, odd.
             Defaults to ``1``.
+        rank (int): Directions of the linear prediction that are kept.
+            Defaults to ``128``.
+        num_units (int): Rectified random combinations of them that let the prediction bend; 0 leaves it linear.
+            Defaults to ``1024``.
         top_fraction (float): Share of the map, from the highest value down, whose mean is the image's score.
             Defaults to ``0.01``.
 
@@ -89,10 +93,12 @@ class FeatureInpaintingModel(nn.Module):
         context_dim: int = 64,
         window_size: int = 7,
         hole_size: int = 1,
+        rank: int = 128,
+        num_units: int = 1024,
         top_fraction: float = 0.01,
     ) -> None:
         super().__init__()
-        _check_arguments(context_dim, window_size, hole_size, top_fraction)
+        _check_arguments(context_dim, window_size, hole_size, rank, num_units, top_fraction)
         self.image_size = image_size
         self.backbone = create_dense_features(
             backbone, _default_layers(backbone) if layers is None else layers, image_size, feature_stride, pre_trained,
@@ -102,7 +108,14 @@ class FeatureInpaintingModel(nn.Module):
         self.scale = FeatureScale(self.backbone.layer_channels, by="stage")
         self.whitening = Whitening(num_channels)
         self.register_buffer("place_mean", torch.zeros(num_channels, *self.backbone.grid_size))
-        self.regression = ContextRegression(num_channels, min(context_dim, num_channels), window_size, hole_size)
+        self.regression = ContextRegression(
+            num_channels,
+            min(context_dim, num_channels),
+            window_size,
+            hole_size,
+            min(rank, num_channels),
+            num_units,
+        )
         self.anomaly_map_generator = AnomalyMapGenerator(num_channels, image_size, top_fraction)
 
     def forward(self, images: Tensor) -> InferenceBatch:
@@ -163,7 +176,7 @@ class FeatureInpaintingModel(nn.Module):
 
         Args:
             features (Iterable[Tensor]): What the backbone makes of the images, in batches of shape ``(b, C, h, w)``.
-                Iterated four times.
+                Iterated five times.
         """
         self.scale.fit(features)
         sums, total, count = FeatureCovariance(len(self.place_mean)), torch.zeros_like(self.place_mean), 0
@@ -174,13 +187,20 @@ class FeatureInpaintingModel(nn.Module):
             count += len(batch)
         self.whitening.set(sums)
         self.place_mean.copy_(self.whitening(total[None] / count)[0])
-        self.regression.fit(self.whitening(self.scale(batch)) - self.place_mean for batch in features)
-        self.anomaly_map_generator.fit(self._residuals(features))
+        centred = _Centred(self, features)
+        self.regression.fit(centred)
+        self.anomaly_map_generator.fit(batch - self.regression(batch) for batch in centred)
 
-    def _residuals(self, features: Iterable[Tensor]) -> Iterator[Tensor]:
-        for batch in features:
-            whitened = self.whitening(self.scale(batch))
-            yield whitened - self.reconstruct(whitened)
+
+class _Centred:
+    """Features of a backbone, whitened and without the mean of their place; can be iterated more than once."""
+
+    def __init__(self, model: FeatureInpaintingModel, features: Iterable[Tensor]) -> None:
+        self._model, self._features = model, features
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in self._features:
+            yield self._model.whitening(self._model.scale(batch)) - self._model.place_mean
 
 
 def _default_layers(backbone: str) -> list[str]:
@@ -190,9 +210,14 @@ def _default_layers(backbone: str) -> list[str]:
     return [stage for stage, stride in stage_strides(backbone).items() if stride in CNN_STRIDES]
 
 
-def _check_arguments(context_dim: int, window_size: int, hole_size: int, top_fraction: float) -> None:
-    check_whole(context_dim=context_dim, window_size=window_size, hole_size=hole_size)
+def _check_arguments(
+    context_dim: int, window_size: int, hole_size: int, rank: int, num_units: int, top_fraction: float
+) -> None:
+    check_whole(context_dim=context_dim, window_size=window_size, hole_size=hole_size, rank=rank)
     check_finite(top_fraction=top_fraction)
+    if isinstance(num_units, bool) or not isinstance(num_units, int) or num_units < 0:
+        msg = f"num_units must be a whole number from 0, got {num_units}; 0 leaves the prediction linear."
+        raise ValueError(msg)
     for name, value in (("window_size", window_size), ("hole_size", hole_size)):
         if value % 2 == 0:
             msg = f"{name} must be odd, got {value}."

@@ -110,13 +110,7 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        image_size = self.find_image_size(image_size, pre_processor)  # before it is saved as a hyper-parameter
-        super().__init__(
-            pre_processor=self.make_pre_processor(pre_processor, image_size),
-            post_processor=post_processor,
-            evaluator=evaluator,
-            visualizer=visualizer,
-        )
+        super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
         self.model: FeatureInpaintingModel = self.build_network()
         self.feature_cache = FeatureCache(feature_cache_gib)
         self.automatic_optimization = False

@@ -5,9 +5,10 @@
 from .arguments import check_finite, check_positive, check_whole
 from .backbone import BackboneNormalize, FrozenBackbone, create_backbone, stage_strides
 from .covariance import FeatureCovariance
-from .dense_features import create_dense_features
+from .dense_features import create_dense_features, vision_transformer_blocks
 from .feature_scale import FeatureScale, ScaleBy
 from .resize import AntialiasResize
+from .whitening import Whitening
 
 __all__ = [
     "AntialiasResize",
@@ -16,10 +17,12 @@ __all__ = [
     "FeatureScale",
     "FrozenBackbone",
     "ScaleBy",
+    "Whitening",
     "check_finite",
     "check_positive",
     "check_whole",
     "create_backbone",
     "create_dense_features",
     "stage_strides",
+    "vision_transformer_blocks",
 ]

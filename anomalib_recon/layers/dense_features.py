@@ -71,7 +71,8 @@ class VisionTransformerFeatures(nn.Module):
         self.vit.prune_intermediate_layers(self.indices, prune_norm=True)
         self.vit.set_input_size(image_size)
         self.vit.requires_grad_(requires_grad=False)
-        self.num_channels: int = self.vit.embed_dim * (self.has_embedding + len(self.indices))
+        self.layer_channels: list[int] = [self.vit.embed_dim] * (self.has_embedding + len(self.indices))
+        self.num_channels = sum(self.layer_channels)
         self.normalize = BackboneNormalize(name)
         self.eval()
 
@@ -136,7 +137,8 @@ class RegionalFeatures(nn.Module):
         self.image_size = image_size
         self.grid_size = divide_image(image_size, stride, "feature_stride")
         self.backbone = FrozenBackbone(name, layers, pre_trained, weights)
-        self.num_channels = sum(self.backbone.num_channels)
+        self.layer_channels = self.backbone.num_channels
+        self.num_channels = sum(self.layer_channels)
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute regional features.
@@ -198,7 +200,8 @@ def create_dense_features(
             Defaults to ``None``.
 
     Returns:
-        VisionTransformerFeatures | RegionalFeatures: The backbone, with ``num_channels`` U and ``grid_size``.
+        VisionTransformerFeatures | RegionalFeatures: The backbone, with ``num_channels`` U,
+            ``layer_channels``, which sum to it, and ``grid_size``.
 
     Raises:
         ValueError: If an argument does not fit another.

@@ -5,10 +5,11 @@
 from anomalib_recon import discovery
 
 from .adtr import ADTR
+from .feature_inpainting import FeatureInpainting
 from .intra import InTra
 from .patch_ae import PatchAE
 from .saae import SAAE
 
-__all__ = ["ADTR", "SAAE", "InTra", "PatchAE"]
+__all__ = ["ADTR", "SAAE", "FeatureInpainting", "InTra", "PatchAE"]
 
 discovery.publish(__name__)

@@ -27,6 +27,7 @@ from anomalib_recon.layers import (
     AntialiasResize,
     BackboneNormalize,
     FeatureScale,
+    Whitening,
     check_whole,
     create_backbone,
     stage_strides,
@@ -34,7 +35,6 @@ from anomalib_recon.layers import (
 
 from .anomaly_map import AnomalyMapGenerator
 from .normal_bank import NormalBank
-from .whitening import Whitening
 
 NUM_CHANNELS = 3
 NUM_STAGES = 4

@@ -4,7 +4,7 @@
 
 Example:
     >>> import torch
-    >>> from anomalib_recon.models.patch_ae.whitening import Whitening
+    >>> from anomalib_recon.layers import Whitening
     >>> whitening = Whitening(num_channels=8)
     >>> whitening.fit(torch.randn(1000, 8) * torch.arange(1.0, 9.0))
     >>> whitening(torch.rand(2, 8, 4, 4)).shape
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from anomalib_recon.layers import FeatureCovariance
+from .covariance import FeatureCovariance
 
 # Share of the mean variance that is added to every variance: directions in which normal features hardly vary at all
 # must not outweigh all others by their noise.
@@ -26,10 +26,10 @@ VECTORS_PER_PART = 2**16
 
 
 class Whitening(nn.Module):
-    """Affine map after which the normal features have mean 0 and vary alike in all directions.
+    """Affine map to principal components of unit variance, the largest first; before it is set, features stay.
 
     A Euclidean distance of whitened features is a Mahalanobis distance of the features, and as they are centred, matrix
-    products find the nearest ones with all digits. Before :meth:`fit` features stay as they are.
+    products find the nearest ones with all digits.
 
     Args:
         num_channels (int): Length C of a feature vector.
@@ -43,8 +43,20 @@ class Whitening(nn.Module):
         self.register_buffer("mean", torch.zeros(num_channels, 1, 1))
         self.register_buffer("matrix", torch.eye(num_channels))
 
-    def fit(self, vectors: Tensor) -> None:
+    def set(self, sums: FeatureCovariance) -> None:
         """Set the map by mean and covariance of normal features.
+
+        Args:
+            sums (FeatureCovariance): Sums over the features.
+        """
+        covariance = sums.covariance()
+        covariance.diagonal().add_((SHRINKAGE * covariance.diagonal().mean()).clamp(min=MIN_VARIANCE))
+        variances, directions = torch.linalg.eigh(covariance)
+        self.mean = sums.mean().to(self.mean)[:, None, None]
+        self.matrix = (directions / variances.sqrt()).flip(1).T.contiguous().to(self.matrix)
+
+    def fit(self, vectors: Tensor) -> None:
+        """Set the map by normal features.
 
         Two matrices of C x C numbers in double precision are on the CPU, and a few in single precision beside the
         vectors.
@@ -55,12 +67,7 @@ class Whitening(nn.Module):
         sums = FeatureCovariance(vectors.shape[1])
         for part in vectors.split(VECTORS_PER_PART):
             sums.update(part.T[None, :, :, None])
-        mean, covariance = sums.mean(), sums.covariance()
-        covariance.diagonal().add_((SHRINKAGE * covariance.diagonal().mean()).clamp(min=MIN_VARIANCE))
-        identity = torch.eye(len(covariance), dtype=covariance.dtype)
-        matrix = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), identity, upper=False)
-        self.mean = mean.to(vectors)[:, None, None]
-        self.matrix = matrix.to(vectors)
+        self.set(sums)
 
     def whiten(self, vectors: Tensor) -> Tensor:
         """Whiten vectors of shape ``(M, C)``."""

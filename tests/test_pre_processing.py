@@ -12,7 +12,7 @@ from anomalib.pipelines.tiled_ensemble.components.utils.helper_functions import 
 from lightning.pytorch import LightningModule
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Normalize, Resize
 
-from anomalib_recon.pre_processing import ExactResizePreProcessor, flatten_transform
+from anomalib_recon.pre_processing import ExactResizePreProcessor
 
 SIZE = (48, 40)
 

@@ -34,6 +34,10 @@ TINY: dict[str, dict[str, Any]] = {
         "backbone": "resnet18", "pre_trained": False, "image_size": 64, "embed_dim": 16, "learning_rate": 1e-3,
         "trained_stages": 1, "coreset_ratio": 0.25, "sigma": 2.0, "visualizer": False,
     },
+    "FeatureInpainting": {
+        "backbone": "resnet18", "layers": ["layer1", "layer2"], "pre_trained": False, "image_size": 64,
+        "context_dim": 8, "window_size": 5, "rank": 8, "num_units": 16, "visualizer": False,
+    },
 }  # fmt: skip
 
 OWN_SIZE = (64, 64)

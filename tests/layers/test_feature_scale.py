@@ -60,9 +60,7 @@ def test_scaled_features_are_centred_and_vary_by_one(by: ScaleBy) -> None:
     scale.fit([features])
     scaled = scale(features).double().numpy()
     np.testing.assert_allclose(scaled.mean(axis=(0, 2, 3)), 0, atol=1e-2)
-    for raw, stage in zip(
-        np.split(features.double().numpy(), [3], axis=1), np.split(scaled, [3], axis=1), strict=True
-    ):
+    for raw, stage in zip(np.split(features.double().numpy(), [3], axis=1), np.split(scaled, [3], axis=1), strict=True):
         variance, shrunk = raw.var(axis=(0, 2, 3)), stage.var(axis=(0, 2, 3))
         if by == "stage":
             assert shrunk.mean() == pytest.approx(1, rel=1e-4)

@@ -15,9 +15,9 @@ from anomalib.data import AnomalibDataModule, Folder, PredictDataset
 from anomalib.data.errors import MisMatchError
 from anomalib.data.utils import read_image, read_mask
 from anomalib.models import AnomalibModule
+from anomalib_recon.data.image_files import check_image_files, check_mask_files
 from PIL import Image
 
-from anomalib_recon.data.image_files import check_image_files, check_mask_files
 from tests.conftest import write_stripes
 
 from .conftest import build, data, engine_in

@@ -13,6 +13,7 @@ import pytest
 import torch
 from anomalib.data import Batch, MVTecAD
 from anomalib.models import AnomalibModule
+from anomalib_recon.models.intra.training_images import rotate_and_flip
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
@@ -20,7 +21,6 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from anomalib_recon.models import InTra, PatchAE
 from anomalib_recon.models.components import CachedBatch
-from anomalib_recon.models.intra.training_images import rotate_and_flip
 from anomalib_recon.post_processing import FalsePositiveRatePostProcessor
 from tests.conftest import write_stripes
 

@@ -66,6 +66,9 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
             Defaults to ``128``.
         num_units (int): Rectified random combinations of them that let the prediction bend; 0 leaves it linear.
             Defaults to ``1024``.
+        block_size (int): Side of the blocks of cells that share a covariance of the residual, in cells; divides the
+            feature map.
+            Defaults to ``2``.
         top_fraction (float): Share of the map, from the highest value down, whose mean is the image's score.
             Defaults to ``0.01``.
         feature_cache_gib (float): Features of the training images are computed once and kept in half precision, in up
@@ -103,6 +106,7 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
         hole_size: int = 1,
         rank: int = 128,
         num_units: int = 1024,
+        block_size: int = 2,
         top_fraction: float = 0.01,
         feature_cache_gib: float = 4.0,
         pre_processor: PreProcessor | bool = True,

@@ -73,6 +73,8 @@ class FeatureInpaintingModel(nn.Module):
             Defaults to ``128``.
         num_units (int): Rectified random combinations of them that let the prediction bend; 0 leaves it linear.
             Defaults to ``1024``.
+        block_size (int): Side of the blocks of cells that share a covariance of the residual, in cells.
+            Defaults to ``2``.
         top_fraction (float): Share of the map, from the highest value down, whose mean is the image's score.
             Defaults to ``0.01``.
 
@@ -95,19 +97,26 @@ class FeatureInpaintingModel(nn.Module):
         hole_size: int = 1,
         rank: int = 128,
         num_units: int = 1024,
+        block_size: int = 2,
         top_fraction: float = 0.01,
     ) -> None:
         super().__init__()
-        _check_arguments(context_dim, window_size, hole_size, rank, num_units, top_fraction)
+        _check_arguments(context_dim, window_size, hole_size, rank, num_units, block_size, top_fraction)
         self.image_size = image_size
         self.backbone = create_dense_features(
             backbone, _default_layers(backbone) if layers is None else layers, image_size, feature_stride, pre_trained,
             backbone_weights,
         )  # fmt: skip
-        num_channels = self.backbone.num_channels
+        num_channels, grid_size = self.backbone.num_channels, self.backbone.grid_size
+        if any(side % block_size for side in grid_size):
+            msg = (
+                f"block_size must divide the feature map of {grid_size[0]} x {grid_size[1]} cells, got {block_size}; "
+                "choose 1, or another image_size."
+            )
+            raise ValueError(msg)
         self.scale = FeatureScale(self.backbone.layer_channels, by="stage")
         self.whitening = Whitening(num_channels)
-        self.register_buffer("place_mean", torch.zeros(num_channels, *self.backbone.grid_size))
+        self.register_buffer("place_mean", torch.zeros(num_channels, *grid_size))
         self.regression = ContextRegression(
             num_channels,
             min(context_dim, num_channels),
@@ -116,7 +125,7 @@ class FeatureInpaintingModel(nn.Module):
             min(rank, num_channels),
             num_units,
         )
-        self.anomaly_map_generator = AnomalyMapGenerator(num_channels, image_size, top_fraction)
+        self.anomaly_map_generator = AnomalyMapGenerator(num_channels, grid_size, image_size, block_size, top_fraction)
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score images of shape ``(B, 3, H, W)`` with values in [0, 1]; see :meth:`compare`."""
@@ -211,9 +220,9 @@ def _default_layers(backbone: str) -> list[str]:
 
 
 def _check_arguments(
-    context_dim: int, window_size: int, hole_size: int, rank: int, num_units: int, top_fraction: float
+    context_dim: int, window_size: int, hole_size: int, rank: int, num_units: int, block_size: int, top_fraction: float
 ) -> None:
-    check_whole(context_dim=context_dim, window_size=window_size, hole_size=hole_size, rank=rank)
+    check_whole(context_dim=context_dim, window_size=window_size, hole_size=hole_size, rank=rank, block_size=block_size)
     check_finite(top_fraction=top_fraction)
     if isinstance(num_units, bool) or not isinstance(num_units, int) or num_units < 0:
         msg = f"num_units must be a whole number from 0, got {num_units}; 0 leaves the prediction linear."

@@ -191,8 +191,8 @@ class SAAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         latent_dim = checkpoint["hyper_parameters"]["latent_dim"]
         if self._given_latent_dim not in {None, latent_dim}:
             msg = (
-                f"The checkpoint needs a model with latent_dim={latent_dim} (not {self._given_latent_dim}); pass it, as "
-                "in --model.latent_dim, or use SAAE.load_from_checkpoint."
+                f"The checkpoint needs a model with latent_dim={latent_dim} (not {self._given_latent_dim}); pass it, "
+                "on the command line as --model.latent_dim, or use SAAE.load_from_checkpoint."
             )
             raise ValueError(msg)
         if latent_dim is not None and latent_dim != self.hparams["latent_dim"]:

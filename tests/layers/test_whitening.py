@@ -6,8 +6,8 @@ import torch
 from sklearn.covariance import EmpiricalCovariance
 from torch import Tensor
 
-from anomalib_recon.models.patch_ae import whitening as whitening_module
-from anomalib_recon.models.patch_ae.whitening import SHRINKAGE, Whitening
+from anomalib_recon.layers import whitening as whitening_module
+from anomalib_recon.layers.whitening import SHRINKAGE, Whitening
 from tests.devices import on_device
 
 

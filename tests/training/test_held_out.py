@@ -204,18 +204,13 @@ def test_datamodule_is_as_before(stripes: Path, tmp_path: Path, moment: str, max
 
 
 def test_dataloaders_that_are_made_anew_are_refused(stripes: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="InTra .* leave out reload_dataloaders_every_n_epochs"):
+    with pytest.raises(ValueError, match=r"InTra .* leave out reload_dataloaders_every_n_epochs"):
         train(stripes, tmp_path, reload_dataloaders_every_n_epochs=1)
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_one_image_cannot_be_held_out_and_trained_on(tmp_path: Path, count: int) -> None:
-    write_stripes(tmp_path, num_train=count)
-    if count == 2:
-        _, held_out, _ = train(tmp_path, tmp_path / "results", max_epochs=1)
-        assert len(held_out.paths) == 1
-        return
-    with pytest.raises(ValueError, match="1 normal images, of which 1 would be held out .* add images"):
+def test_one_image_cannot_be_held_out_and_trained_on(tmp_path: Path) -> None:
+    write_stripes(tmp_path, num_train=1)
+    with pytest.raises(ValueError, match=r"1 normal images, of which 1 would be held out .* add images"):
         train(tmp_path, tmp_path / "results")
 
 

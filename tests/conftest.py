@@ -56,12 +56,6 @@ def images_in(folder: Path) -> torch.Tensor:
 
 
 @pytest.fixture(scope="session")
-def stripes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Root of a small dataset in MVTec AD's layout, with the category ``stripes``, 64 x 64 pixels."""
-    return write_stripes(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="session")
 def mixed_stripes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As ``stripes``, but every other training image is sharp noise of another size, larger or smaller."""
     root = write_stripes(tmp_path_factory.mktemp("mixed"))
@@ -70,6 +64,12 @@ def mixed_stripes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index, path in enumerate(paths[::2]):
         save(random.random([(150, 200), (40, 48), (96, 64)][index % 3]), path)
     return root
+
+
+@pytest.fixture(scope="session")
+def stripes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root of a small dataset in MVTec AD's layout, with the category ``stripes``, 64 x 64 pixels."""
+    return write_stripes(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")

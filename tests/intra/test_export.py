@@ -3,18 +3,18 @@
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from anomalib.data import MVTecAD
-from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer, TorchInferencer
+from anomalib.deploy import CompressionType, ExportType
 from anomalib.engine import Engine
 from lightning import seed_everything
-from PIL import Image
 
 from anomalib_recon.models import InTra
-from tests.exports import FP32, expected_from, export, images_of, run
+from tests.exports import expected_from, export, images_of, run
 
 OWN_SIZE = (64, 64)
-OTHER_SIZES = [(128, 128), (200, 131), (48, 40)]
+OTHER_SIZES = [(200, 131), (48, 40)]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def largest_difference(result: dict[str, np.ndarray], expected: dict[str, np.nda
     )
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize(("size", "bound"), [(OWN_SIZE, 1e-3), *((size, 1e-2) for size in OTHER_SIZES)])
 def test_openvino_scores_are_those_of_the_checkpoint(
     model: InTra, exported: Path, stripes: Path, size: tuple[int, int], bound: float, batch_size: int
@@ -60,12 +60,6 @@ def test_openvino_scores_are_those_of_the_checkpoint(
     assert np.ptp(expected["pred_score"]) > 0.1
     assert largest_difference(result, expected) < bound
     assert np.array_equal(result["pred_label"].ravel(), expected["pred_label"].ravel())
-
-
-def test_onnx_scores_are_those_of_the_checkpoint(model: InTra, stripes: Path, tmp_path: Path) -> None:
-    path = export(model, tmp_path, ExportType.ONNX)
-    images = images_of(stripes, (96, 80))
-    assert largest_difference(run(path, images, 4), expected_from(model, images)) < 1e-2
 
 
 def test_export_of_a_fixed_input_size(model: InTra, stripes: Path, tmp_path: Path) -> None:
@@ -105,36 +99,37 @@ def test_compressed_models_still_tell_holes_from_stripes(
     assert scores[4:].min() > scores[:4].max()  # 4 good images come before 6 with a hole
 
 
-def test_openvino_inferencer_predicts_from_a_file(
-    model: InTra, exported: Path, stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def count_nodes(graph: onnx.GraphProto) -> int:
+    """Number of nodes, those in the bodies of loops included."""
+    bodies = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
+    return len(graph.node) + sum(map(count_nodes, bodies))
+
+
+def test_graph_is_as_small_for_large_images_and_many_chunks(tmp_path: Path) -> None:
+    counts, chunks = [], []
+    for image_size, windows_per_chunk in ((32, 16), (32, 3), (64, 16)):
+        model = InTra(image_size, 8, 3, embed_dim=16, depth=2, num_heads=2, windows_per_chunk=windows_per_chunk)
+        path = model.to_onnx(tmp_path / f"{image_size}_{windows_per_chunk}")
+        counts.append(count_nodes(onnx.load(path).graph))
+        chunks.append(-(-len(model.model.tokens) // windows_per_chunk))
+    assert chunks == [1, 6, 4]
+    assert counts == [counts[0]] * 3
+
+
+def test_torch_export_after_training_holds_no_images_and_no_paths(
+    datamodule: MVTecAD, stripes: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # where the inferencer puts its cache
-    inferencer = OpenVINOInferencer(exported, device="CPU", config=FP32)
-    expected = expected_from(model, images_of(stripes, OWN_SIZE))["pred_score"].ravel()
-    paths = sorted((stripes / "stripes" / "test").rglob("*.png"))
-    scores = [inferencer.predict(Image.open(path).convert("RGB")).pred_score.item() for path in paths]
-    np.testing.assert_allclose(scores, expected, atol=1e-3)
-
-
-def test_torch_inferencer_predicts_from_a_file(
-    model: InTra, stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = export(model, tmp_path, ExportType.TORCH)
-    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
-    inferencer = TorchInferencer(path, device="cpu")
-    expected = expected_from(model, images_of(stripes, OWN_SIZE))["pred_score"].ravel()
-    paths = sorted((stripes / "stripes" / "test").rglob("*.png"))
-    scores = [inferencer.predict(str(path)).pred_score.item() for path in paths]
-    np.testing.assert_allclose(scores, expected, atol=1e-5)
-
-
-def test_engine_scores_are_those_of_the_exported_model(
-    model: InTra, datamodule: MVTecAD, exported: Path, stripes: Path, tmp_path: Path
-) -> None:
-    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", enable_progress_bar=False)
-    batches = engine.predict(model, datamodule=datamodule)
-    scores = {path: score for batch in batches for path, score in zip(batch.image_path, batch.pred_score, strict=True)}
-    expected = [float(scores[str(path)]) for path in sorted((stripes / "stripes" / "test").rglob("*.png"))]
-    result = run(exported, images_of(stripes, OWN_SIZE), 4)["pred_score"].ravel()
-    np.testing.assert_allclose(result, expected, atol=1e-3)
-    assert batches[0].reconstruction.shape[1:] == (3, 64, 64)
+    seed_everything(0)
+    model = InTra(
+        image_size=OWN_SIZE, patch_size=8, window_size=3, embed_dim=16, depth=2, num_heads=2, windows_per_image=10,
+        held_out_fraction=0.5,
+    )  # fmt: skip
+    engine = Engine(default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", enable_progress_bar=False)
+    engine.fit(model, datamodule=datamodule)
+    path = engine.export(model, ExportType.TORCH, export_root=tmp_path)
+    content = path.read_bytes()
+    weights = sum(value.nbytes for value in model.state_dict().values())
+    an_image = 3 * 64 * 64 * 4
+    assert weights < len(content) < weights + an_image
+    for name in (str(stripes), str(tmp_path), "000.png"):
+        assert name.encode() not in content

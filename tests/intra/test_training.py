@@ -116,24 +116,6 @@ def test_training_images_of_several_sizes_are_seen_as_in_a_test(mixed_stripes: P
     assert float(loss) == pytest.approx(min(held_out.losses), rel=1e-5)
 
 
-def test_checkpoint_round_trip(trained: tuple[InTra, Engine, Probe], stripes: Path) -> None:
-    model, engine, _ = trained
-    loaded = InTra.load_from_checkpoint(engine.trainer.checkpoint_callback.best_model_path)
-    images = images_in(stripes / "stripes" / "test" / "hole")
-    with torch.no_grad():
-        expected, result = model.eval()(images), loaded.eval()(images)
-    assert loaded.hparams["image_size"] == (64, 64)
-    for name in ("pred_score", "anomaly_map", "pred_label", "pred_mask"):
-        torch.testing.assert_close(getattr(result, name), getattr(expected, name))
-
-
-def test_bf16_mixed_precision_trains(stripes: Path, tmp_path: Path) -> None:
-    model, engine = train(stripes, tmp_path, precision="bf16-mixed", max_epochs=3)
-    losses = held_out_in(engine).losses
-    assert losses[-1] < losses[0]
-    assert bool(model.post_processor.image_threshold.isfinite())
-
-
 def test_parts_of_a_step_have_the_gradient_of_the_whole(
     stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

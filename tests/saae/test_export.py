@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from anomalib.data import MVTecAD
 from anomalib.deploy import CompressionType, ExportType
 from anomalib.engine import Engine
@@ -61,14 +60,6 @@ def test_openvino_scores_are_those_of_the_checkpoint(
     for name in ("pred_score", "anomaly_map"):
         np.testing.assert_allclose(result[name].reshape(expected[name].shape), expected[name], rtol=1e-4)
     assert np.array_equal(result["pred_label"].ravel(), expected["pred_label"].ravel())
-
-
-def test_a_pickled_model_scores_as_the_checkpoint(model: SAAE, stripes: Path, tmp_path: Path) -> None:
-    path = export(model, tmp_path, ExportType.TORCH)
-    loaded = torch.load(path, weights_only=False)["model"].eval()
-    images = torch.from_numpy(images_of(stripes, (64, 80)))
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(images).anomaly_map, model(images).anomaly_map)
 
 
 def test_the_backbone_is_not_quantised(model: SAAE, stripes: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from anomalib_recon import models
-from anomalib_recon.data import DemoAD
+from anomalib_recon.data import DemoAD, drawing
 from anomalib_recon.models import SAAE, InTra
 
 TINY: dict[str, dict[str, Any]] = {
@@ -30,8 +30,13 @@ UNREACHED = {"mode": "max", "min_delta": 2.0}
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoAD:
-    root = tmp_path_factory.mktemp("demo")
-    return DemoAD(root=root, category="grid", train_batch_size=20, eval_batch_size=20)
+    """Demo data with few pictures: 12 to train on, 4 good and 10 defective to test."""
+    with pytest.MonkeyPatch.context() as patch:
+        for constant, count in {"TRAIN_PICTURES": 12, "GOOD_TEST_PICTURES": 4, "PICTURES_PER_DEFECT": 2}.items():
+            patch.setattr(drawing, constant, count)
+        datamodule = DemoAD(root=tmp_path_factory.mktemp("demo"), train_batch_size=5, eval_batch_size=4)
+        datamodule.prepare_data()
+    return datamodule
 
 
 @pytest.fixture(params=TINY)

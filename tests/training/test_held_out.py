@@ -208,13 +208,8 @@ def test_dataloaders_that_are_made_anew_are_refused(stripes: Path, tmp_path: Pat
         train(stripes, tmp_path, reload_dataloaders_every_n_epochs=1)
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_one_image_cannot_be_held_out_and_trained_on(tmp_path: Path, count: int) -> None:
-    write_stripes(tmp_path, num_train=count)
-    if count == 2:
-        _, held_out, _ = train(tmp_path, tmp_path / "results", max_epochs=1)
-        assert len(held_out.paths) == 1
-        return
+def test_one_image_cannot_be_held_out_and_trained_on(tmp_path: Path) -> None:
+    write_stripes(tmp_path, num_train=1)
     with pytest.raises(ValueError, match=r"1 normal images, of which 1 would be held out .* add images"):
         train(tmp_path, tmp_path / "results")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from anomalib_recon.models.components import BackboneNormalize, FrozenBackbone, stage_strides
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 from safetensors.torch import save_file
@@ -14,7 +15,6 @@ from torch import nn
 from torchvision.transforms.v2.functional import normalize
 
 from anomalib_recon.models import ADTR
-from anomalib_recon.models.components import BackboneNormalize, FrozenBackbone, stage_strides
 
 
 def random_model(name: str) -> nn.Module:

@@ -13,10 +13,10 @@ import yaml
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
 from anomalib.pipelines.tiled_ensemble import EvalTiledEnsemble, TrainTiledEnsemble
+from anomalib_recon.compare.benchmark import MixedBenchmark
 from jsonargparse import Namespace
 from sklearn.metrics import roc_auc_score
 
-from anomalib_recon.compare.benchmark import MixedBenchmark
 from anomalib_recon.models import InTra
 from tests.conftest import write_stripes
 

@@ -13,13 +13,13 @@ from anomalib.cli.cli import AnomalibCLI
 from anomalib.data import get_datamodule
 from anomalib.models import AnomalibModule, get_model
 from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
-from PIL import Image
-from sklearn.metrics import f1_score, roc_auc_score
-
 from anomalib_recon.compare.__main__ import main
 from anomalib_recon.compare.plots import chosen_cases
 from anomalib_recon.compare.runs import read_runs
 from anomalib_recon.compare.scores import Scores
+from PIL import Image
+from sklearn.metrics import f1_score, roc_auc_score
+
 from anomalib_recon.quickstart import config_path
 
 SMALL = {

@@ -5,9 +5,8 @@ from collections import Counter
 import openvino
 import pytest
 import torch
-from torch import Tensor, nn
-
 from anomalib_recon.models.components.export import comparison_operations, operations_before
+from torch import Tensor, nn
 
 
 class Reconstruction(nn.Module):

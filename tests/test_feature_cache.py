@@ -13,6 +13,7 @@ import pytest
 import torch
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
+from anomalib_recon.models.components import CachedBatch
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
@@ -21,7 +22,6 @@ from torchvision.transforms.v2 import Compose, RandomHorizontalFlip, Resize
 
 from anomalib_recon.data import LabelledFolder
 from anomalib_recon.models import ADTR, SAAE
-from anomalib_recon.models.components import CachedBatch
 from anomalib_recon.post_processing import FalsePositiveRatePostProcessor
 from anomalib_recon.pre_processing import ExactResizePreProcessor
 

@@ -12,12 +12,12 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Callback, Trainer
-
-from anomalib_recon.quickstart import config_path
 from anomalib_recon.reproduce.__main__ import main
 from anomalib_recon.reproduce.summary import markdown, missing, summarise
 from anomalib_recon.reproduce.table import read_table, table_names
+from lightning.pytorch import Callback, Trainer
+
+from anomalib_recon.quickstart import config_path
 
 COMMON = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--data.num_workers", "0"]
 INTRA = [

@@ -27,6 +27,7 @@ from anomalib.data import AnomalibDataModule, AnomalibDataset
 from anomalib.data.utils import ValSplitMode
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
+from anomalib_recon.post_processing.normal_images import normal_images, score_images
 from lightning import seed_everything
 from lightning.pytorch.trainer.states import TrainerFn
 from matplotlib import pyplot as plt
@@ -34,7 +35,6 @@ from numpy.typing import NDArray
 
 from anomalib_recon.post_processing import FalsePositiveRatePostProcessor
 from anomalib_recon.post_processing.highest_scores import HighestScores
-from anomalib_recon.post_processing.normal_images import normal_images, score_images
 
 Scores = dict[str, list[torch.Tensor]]
 

@@ -30,13 +30,13 @@ import torch
 from anomalib.data import Folder
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
+from anomalib_recon.models.components import ValidationAtEnd
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback
 from torchvision.io import encode_png, write_file
 
 from anomalib_recon.files import write_whole
 from anomalib_recon.models import ADTR, SAAE
-from anomalib_recon.models.components import ValidationAtEnd
 
 MODELS: dict[str, type[ADTR | SAAE]] = {"ADTR": ADTR, "SAAE": SAAE}
 BATCH_SIZES = {"ADTR": 16, "SAAE": 32}

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from anomalib.data import AnomalibDataset, ImageBatch, MVTecAD
+from anomalib_recon.models.saae.latent_size import FeatureCovariance
 from lightning.pytorch import seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -25,7 +26,6 @@ from torchvision.transforms.v2 import Resize
 
 from anomalib_recon.metrics import AUPRO, AUROC
 from anomalib_recon.models import ADTR, SAAE
-from anomalib_recon.models.saae.latent_size import FeatureCovariance
 
 # the stride of the feature map is that of ADTR, for the sake of the comparison
 VARIANTS: dict[str, tuple[type[ADTR | SAAE], dict[str, Any]]] = {

@@ -19,7 +19,8 @@ from anomalib.models import AnomalibModule
 from lightning.pytorch.callbacks import Callback
 
 from tests.conftest import write_stripes
-from tests.robustness.conftest import TINY, build, data, engine_in
+from tests.robustness.conftest import data
+from tests.tiny_models import TINY, build, engine_in
 
 
 class Watch(Callback):

@@ -28,6 +28,7 @@ import torch
 from anomalib.data import AnomalibDataModule, MVTecAD
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule, Patchcore
+from anomalib_recon.models.components import create_backbone, stage_strides
 from lightning import seed_everything
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -35,7 +36,6 @@ from anomalib_recon.data import DemoAD
 from anomalib_recon.files import write_whole
 from anomalib_recon.metrics import RawScoreEvaluator
 from anomalib_recon.models import PatchAE
-from anomalib_recon.models.components import create_backbone, stage_strides
 
 # an epoch of these learns the statistics of the stages, and no weights
 NO_STEPS = {"trained_stages": 0, "learning_rate": 1e-12}

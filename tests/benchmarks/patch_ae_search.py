@@ -28,9 +28,9 @@ from typing import Any
 import openvino
 import torch
 from anomalib.models.image.patchcore.torch_model import PatchcoreModel
+from anomalib_recon.models.components.export import OPSET_VERSION
 
 from anomalib_recon.files import write_whole
-from anomalib_recon.models.components.export import OPSET_VERSION
 from anomalib_recon.models.patch_ae.normal_bank import NormalBank
 
 GRID = (32, 32)

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import timm
 import torch
-
 from anomalib_recon.models.components import BackboneNormalize
+
 from anomalib_recon.models.saae.torch_model import DEFAULT_BACKBONE, DEFAULT_IMAGE_SIZE, SAAEModel
 
 

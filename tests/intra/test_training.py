@@ -13,13 +13,13 @@ import pytest
 import torch
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
+from anomalib_recon.models.intra.training_images import rotate_and_flip
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from PIL import Image
 
 from anomalib_recon.models import InTra
 from anomalib_recon.models.intra import lightning_model
-from anomalib_recon.models.intra.training_images import rotate_and_flip
 from tests.conftest import images_in, write_stripes
 
 SMALL = {"image_size": 64, "patch_size": 8, "window_size": 5, "embed_dim": 32, "depth": 3, "num_heads": 2}

@@ -6,13 +6,13 @@ import pytest
 import timm
 import torch
 import yaml
+from anomalib_recon.models.components import FrozenBackbone
+from anomalib_recon.models.saae.features import create_feature_extractor
 from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch.nn import functional
 
-from anomalib_recon.models.components import FrozenBackbone
 from anomalib_recon.models.saae import SAAEModel
-from anomalib_recon.models.saae.features import create_feature_extractor
 from anomalib_recon.quickstart import config_path
 
 VIT = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"

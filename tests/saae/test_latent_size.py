@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from anomalib_recon.models.saae.latent_size import FeatureCovariance
 from sklearn.decomposition import PCA
 
 from anomalib_recon.models.saae import SAAEModel
-from anomalib_recon.models.saae.latent_size import FeatureCovariance
 
 
 @pytest.fixture(scope="module")

@@ -97,8 +97,12 @@ def trained(name: str, demo: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def exported(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> dict[ExportType, Path]:
-    """Exports of the trained model. anomalib makes the OpenVINO model from one in ONNX, which is kept here."""
-    folder = tmp_path_factory.mktemp("exported")
+    """Exports of the trained model."""
+    return export_all(trained, tmp_path_factory.mktemp("exported"))
+
+
+def export_all(trained: Trained, folder: Path) -> dict[ExportType, Path]:
+    """Export a trained model. anomalib makes the OpenVINO model from one in ONNX, which is kept here."""
     model = type(trained.model).load_from_checkpoint(trained.checkpoint)
     paths = {ExportType.TORCH: engine_in(folder).export(model, ExportType.TORCH, export_root=folder)}
     to_onnx = model.to_onnx

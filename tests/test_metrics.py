@@ -48,15 +48,16 @@ def sklearn_auroc(scores, target):
 
 
 def slow_aupro(maps, masks, limit):
-    """Per-region overlap, threshold by threshold and region by region."""
-    maps, masks = maps.numpy(), masks.numpy()
-    regions = []
-    for image, mask in zip(maps, masks, strict=True):
+    """Per-region overlap, threshold by threshold and region by region, of images of any size."""
+    regions, normal = [], []
+    for image, mask in zip(map(np.asarray, maps), map(np.asarray, masks), strict=True):
         labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
         regions += [image[labels == label] for label in range(1, count + 1)]
+        normal.append(image[~mask])
+    normal = np.concatenate(normal)
     fpr, pro = [0.0], [0.0]
-    for threshold in np.unique(maps)[::-1]:
-        fpr.append((maps[~masks] >= threshold).mean())
+    for threshold in np.unique(np.concatenate([normal, *regions]))[::-1]:
+        fpr.append((normal >= threshold).mean())
         pro.append(np.mean([(region >= threshold).mean() for region in regions]))
     at_limit = np.interp(limit, fpr, pro)
     end = np.searchsorted(fpr, limit, side="right")
@@ -139,6 +140,19 @@ def test_impossible_arguments_are_refused():
         AUROC(PIXEL_FIELDS, max_points=0)
     with pytest.raises(ValueError, match=r"\(2, 16, 16\) .* \(2, 32, 32\)"):
         feed(AUROC(PIXEL_FIELDS), random_maps(size=16)[0], random_maps(size=32)[1])
+    with pytest.raises(ValueError, match=r"^pixel_size must be 'model' or 'original', got 'mask'"):
+        RawScoreEvaluator(pixel_size="mask")
+
+
+def test_a_mask_without_a_file_has_no_original_size():
+    maps, masks = random_maps()
+    batch = ImageBatch(
+        image=torch.zeros(6, 3, 32, 32), anomaly_map=maps, gt_mask=masks, image_path=[f"{i}.png" for i in range(6)]
+    )
+    evaluator = RawScoreEvaluator(test_metrics=AUROC(PIXEL_FIELDS), pixel_size="original")
+    batch = batch.collate(list(batch)[3:])  # the anomalous ones
+    with pytest.raises(ValueError, match=r"^pixel_size='original' needs a file with the mask of 3.png; choose pixel_s"):
+        evaluator.on_test_batch_end(None, None, None, batch=batch, batch_idx=0)
 
 
 def padim(evaluator):
@@ -273,6 +287,73 @@ def test_a_test_set_of_good_images_only_is_tested(data_root, trained, tmp_path):
     assert results["image_F1Score"] == 0
 
 
+SIZES = [(64, 64), (48, 20), (33, 61), (75, 45), (32, 90), (20, 30)]  # height and width
+
+
+@pytest.fixture(scope="module")
+def mixed_root(tmp_path_factory):
+    """Images of mixed sizes in MVTec AD's layout, with defects that are lines of a pixel, and fall between others."""
+    root = tmp_path_factory.mktemp("mixed")
+    rng = np.random.default_rng(0)
+    for folder in ("train/good", "test/good", "test/line", "ground_truth/line"):
+        (root / "toy" / folder).mkdir(parents=True)
+    for i, (height, width) in enumerate(SIZES):
+        image, mask = rng.integers(100, 156, (height, width, 3), dtype=np.uint8), np.zeros((height, width), np.uint8)
+        for folder in ("train/good", "test/good"):
+            Image.fromarray(rng.permuted(image, axis=0)).save(root / f"toy/{folder}/{i:03}.png")
+        mask[height // 3, width // 4 : width // 2] = 255
+        mask[height // 4 : height // 2, width // 3] = 255
+        image[mask > 0] += 90
+        Image.fromarray(image).save(root / f"toy/test/line/{i:03}.png")
+        Image.fromarray(mask).save(root / f"toy/ground_truth/line/{i:03}_mask.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def mixed_model(mixed_root, tmp_path_factory):
+    seed_everything(0)
+    model = padim(evaluator=RawScoreEvaluator())
+    Engine(accelerator="cpu", default_root_dir=tmp_path_factory.mktemp("fit")).fit(model, datamodule=mvtec(mixed_root))
+    return model
+
+
+def at_original_size(model, root):
+    """Maps resized by Pillow, and masks as they are in their files, pixel by pixel; then image by image."""
+    maps, masks = [], []
+    for path in sorted((root / "toy/test").rglob("*.png")):
+        image = Image.open(path)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+        with torch.no_grad():
+            raw = model.eval().model(model.pre_processor(pixels)).anomaly_map.squeeze().numpy()
+        maps.append(np.array(Image.fromarray(raw).resize(image.size, Image.Resampling.BILINEAR)))
+        mask = root / f"toy/ground_truth/{path.parent.name}/{path.stem}_mask.png"
+        masks.append(np.array(Image.open(mask)) > 0 if mask.exists() else np.zeros(maps[-1].shape, bool))
+    return maps, masks
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_pixel_metrics_at_the_original_size_equal_an_independent_computation(
+    mixed_root, mixed_model, tmp_path, batch_size
+):
+    results = {}
+    for pixel_size in ("model", "original"):
+        mixed_model.evaluator = RawScoreEvaluator(pixel_size=pixel_size)
+        datamodule = mvtec(mixed_root)
+        datamodule.eval_batch_size = batch_size
+        engine = Engine(accelerator="cpu", default_root_dir=tmp_path)
+        (results[pixel_size],) = engine.test(mixed_model, datamodule=datamodule)
+
+    maps, masks = at_original_size(mixed_model, mixed_root)
+    together = [np.concatenate([array.ravel() for array in arrays]) for arrays in (masks, maps)]
+    assert results["original"]["pixel_AUROC"] == pytest.approx(roc_auc_score(*together), abs=1e-6)
+    expected = slow_aupro(maps, masks, 0.3)
+    assert results["original"]["pixel_AUPRO"] == pytest.approx(expected, abs=1e-6)
+    for name in ("pixel_AUROC", "pixel_AUPRO", "pixel_F1Score"):
+        assert results["original"][name] != pytest.approx(results["model"][name], abs=1e-3)
+    for name in ("image_AUROC", "image_F1Score"):
+        assert results["original"][name] == results["model"][name]
+
+
 def test_the_evaluator_without_a_trainer_updates_all_metrics():
     maps, masks = random_maps()
     evaluator = RawScoreEvaluator(test_metrics=AUROC(PIXEL_FIELDS))
@@ -283,9 +364,10 @@ def test_the_evaluator_without_a_trainer_updates_all_metrics():
 
 def test_the_command_line_takes_the_evaluator(data_root):
     model = ["--model", "Padim", "--model.pre_trained", "false"]
-    evaluator = ["--model.evaluator", "anomalib_recon.metrics.RawScoreEvaluator"]
+    evaluator = ["--model.evaluator=anomalib_recon.metrics.RawScoreEvaluator", "--model.evaluator.pixel_size=original"]
     data = ["--data", "MVTecAD", "--data.root", str(data_root), "--data.category", "toy"]
     cli = AnomalibCLI(args=["test", *model, *evaluator, *data], run=False)
     names = [metric.name for metric in cli.model.evaluator.test_metrics]
     assert isinstance(cli.model.evaluator, RawScoreEvaluator)
+    assert cli.model.evaluator.pixel_size == "original"
     assert names == ["image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixel_AUPRO"]

@@ -3,11 +3,17 @@
 """An evaluator that shows score metrics the model's raw scores."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, cast
 
+import torch
+from anomalib.data import AnomalibDataset, ImageBatch
+from anomalib.data.utils import read_mask
 from anomalib.metrics import AnomalibMetric, Evaluator, F1Score
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
 
 from .score_curve import AUPRO, AUROC
 
@@ -31,6 +37,15 @@ class RawScoreEvaluator(Evaluator):
             AUPRO of pixels, under anomalib's names ``image_AUROC``, ``image_F1Score``, ``pixel_AUROC``,
             ``pixel_F1Score`` and ``pixel_AUPRO``. Those of pixels are left out where masks or maps are missing.
         compute_on_cpu: Whether to hold the metrics' states on the CPU, if there is only one device.
+        pixel_size: Where maps and masks of the test set are compared: at the model's size, to which anomalib shrinks
+            the masks by nearest neighbour, or at the ``"original"`` size of the mask's file (of a normal image, the
+            image's). Maps are then resized bilinearly, antialiased where they shrink, before they are ranked;
+            predicted masks by nearest neighbour. This takes the map for one of the whole image: test without crops.
+            One image is in memory at a time. Defaults to ``"model"``.
+
+    Raises:
+        ValueError: If ``pixel_size`` is unknown; in a test at the original size, if an anomalous image has a mask but
+            no file of it.
 
     Example:
         >>> from anomalib.models import Padim
@@ -42,8 +57,14 @@ class RawScoreEvaluator(Evaluator):
         val_metrics: AnomalibMetric | Sequence[AnomalibMetric] | None = None,
         test_metrics: AnomalibMetric | Sequence[AnomalibMetric] | None = None,
         compute_on_cpu: bool = True,
+        pixel_size: Literal["model", "original"] = "model",
     ) -> None:
         super().__init__(val_metrics, _default_metrics() if test_metrics is None else test_metrics, compute_on_cpu)
+        if pixel_size not in {"model", "original"}:
+            msg = f"pixel_size must be 'model' or 'original', got {pixel_size!r}."
+            raise ValueError(msg)
+        self.pixel_size = pixel_size
+        self._mask_paths: dict[str, str] = {}
         self._first_callback = LambdaCallback(on_test_batch_end=self._update_score_metrics)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -65,7 +86,8 @@ class RawScoreEvaluator(Evaluator):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what an interrupted test, or one in barebones mode, has left in the metrics."""
-        del trainer, pl_module
+        del pl_module
+        self._mask_paths = _find_mask_paths(trainer.test_dataloaders)
         for metric in self._test_metrics:
             metric.reset()
 
@@ -80,16 +102,37 @@ class RawScoreEvaluator(Evaluator):
     ) -> None:
         """Update the metrics of labels and masks; without a trainer, as in anomalib's tiled ensemble, all metrics."""
         del pl_module, outputs, args, kwargs
-        for metric in self._test_metrics:
-            if trainer is None or not _is_score_metric(metric):
-                metric.update(batch)
+        self._update(
+            [metric for metric in self._test_metrics if trainer is None or not _is_score_metric(metric)], batch
+        )
 
     def _update_score_metrics(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
         del trainer, pl_module, outputs, args
-        for metric in filter(_is_score_metric, self._test_metrics):
-            metric.update(batch)
+        self._update([metric for metric in self._test_metrics if _is_score_metric(metric)], batch)
+
+    def _update(self, metrics: list[Any], batch: Any) -> None:
+        resize = self.pixel_size == "original" and batch.gt_mask is not None
+        of_pixels = [metric for metric in metrics if resize and "gt_mask" in metric.fields]
+        for metric in metrics:
+            if not resize or "gt_mask" not in metric.fields:
+                metric.update(batch)
+        for index in range(len(batch.image)) if of_pixels else ():
+            mask = self._read_mask(str(batch.image_path[index]), batch.gt_mask[index])
+            item = _resize_predictions(batch, index, mask.to(batch.image.device))
+            for metric in of_pixels:
+                metric.update(item)
+
+    def _read_mask(self, image_path: str, gt_mask: Tensor) -> Tensor:
+        """The ground truth of an image at its original size, ``(H, W)``."""
+        if mask_path := self._mask_paths.get(image_path):
+            return cast("Tensor", read_mask(mask_path, as_tensor=True))
+        if gt_mask.any():
+            msg = f"pixel_size='original' needs a file with the mask of {image_path}; choose pixel_size='model'."
+            raise ValueError(msg)
+        with Image.open(image_path) as image:
+            return torch.zeros(image.height, image.width)
 
     @property
     def _test_metrics(self) -> list[Any]:
@@ -98,6 +141,25 @@ class RawScoreEvaluator(Evaluator):
 
 def _callbacks_except(trainer: Trainer, *excluded: Callback) -> list[Callback]:
     return [callback for callback in trainer.callbacks if callback not in excluded]  # type: ignore[attr-defined]
+
+
+def _find_mask_paths(loaders: Any) -> dict[str, str]:
+    """Paths of masks by those of images. A batch does not know them if its first image is normal."""
+    datasets = [loader.dataset for loader in (loaders if isinstance(loaders, list) else [loaders])]
+    samples = [dataset.samples for dataset in datasets if isinstance(dataset, AnomalibDataset)]
+    return {str(image): mask for part in samples for image, mask in zip(part.image_path, part.mask_path, strict=True)}
+
+
+def _resize_predictions(batch: Any, index: int, mask: Tensor) -> ImageBatch:
+    """Resize anomaly map and predicted mask of an image to the size of a mask, ``(H, W)``."""
+    resized = ImageBatch(image=batch.image[index : index + 1], gt_mask=mask)
+    if batch.anomaly_map is not None:
+        maps = batch.anomaly_map[index][None, None].as_subclass(Tensor).float()
+        resized.anomaly_map = functional.interpolate(maps, size=mask.shape, mode="bilinear", antialias=True)
+    if batch.pred_mask is not None:
+        masks = batch.pred_mask[index][None, None].as_subclass(Tensor).float()
+        resized.pred_mask = functional.interpolate(masks, size=mask.shape, mode="nearest-exact").bool()
+    return resized
 
 
 def _is_score_metric(metric: AnomalibMetric) -> bool:

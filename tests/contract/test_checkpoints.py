@@ -70,12 +70,14 @@ def test_it_needs_no_weights_of_the_backbone(
             assert torch.equal(loaded.state_dict()[key], value), key
 
 
-def test_another_model_of_the_same_arguments_tests_with_it(
+def test_another_model_of_the_same_arguments_validates_and_tests_with_it(
     name: str, trained: Trained, demo: Path, tmp_path: Path
 ) -> None:
-    engine = engine_in(tmp_path)
-    by_path = engine.test(build(name, seed=1), datamodule=demo_data(demo), ckpt_path=trained.checkpoint)
+    engine, model = engine_in(tmp_path), build(name, seed=1)
+    by_path = engine.test(model, datamodule=demo_data(demo), ckpt_path=trained.checkpoint)
     assert by_path == engine.test(trained.model, datamodule=demo_data(demo))
+    engine.validate(model, datamodule=demo_data(demo), ckpt_path=trained.checkpoint)
+    assert torch.equal(model.post_processor.image_threshold, trained.model.post_processor.image_threshold)
     trained.model.eval()
 
 

@@ -14,13 +14,13 @@ import torch
 from anomalib.data import AnomalibDataModule, Folder, PredictDataset
 from anomalib.data.errors import MisMatchError
 from anomalib.data.utils import read_image, read_mask
-from anomalib.models import AnomalibModule
-from anomalib_recon.data.image_files import check_image_files, check_mask_files
 from PIL import Image
 
+from anomalib_recon.training.image_files import check_image_files, check_mask_files
 from tests.conftest import write_stripes
+from tests.tiny_models import Trained, build, engine_in
 
-from .conftest import build, data, engine_in
+from .conftest import data
 
 NOT_AS_ROOT = pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="this user can read every file")
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
@@ -169,12 +169,12 @@ def test_training_and_test_images_of_all_kinds(name: str, tmp_path: Path) -> Non
     assert model.post_processor.image_threshold.isfinite()
 
 
-def test_predicted_images_of_all_kinds(trained: tuple[AnomalibModule, str], tmp_path: Path) -> None:
+def test_predicted_images_of_all_kinds(trained: Trained, tmp_path: Path) -> None:
     write_good(tmp_path / "images")
     Image.new("L", (4000, 3000), 128).save(tmp_path / "images" / "photo.jpg")
-    batches = engine_in(tmp_path / "results").predict(trained[0], data_path=tmp_path / "images")
+    batches = engine_in(tmp_path / "results").predict(trained.model, data_path=tmp_path / "images")
     assert len(batches) == len(GOOD) + 1
-    model = trained[0].eval()
+    model = trained.model.eval()
     for batch in batches:
         with torch.no_grad():
             expected = model(read_image(batch.image_path[0], as_tensor=True)[None])
@@ -183,19 +183,29 @@ def test_predicted_images_of_all_kinds(trained: tuple[AnomalibModule, str], tmp_
         assert batch.anomaly_map.shape[-2:] == (64, 64)
 
 
-@pytest.mark.parametrize("file_name", ["half.png", "16 bits.png"])
-def test_no_image_is_scored_if_one_is_bad(trained: tuple[AnomalibModule, str], tmp_path: Path, file_name: str) -> None:
-    write, words = BAD[file_name]
-    root = write_stripes(tmp_path / "data")
-    write(root / "stripes" / "test" / "hole" / file_name)
-    shutil.copy(
-        next(root.rglob("*_mask.png")), root / "stripes" / "ground_truth" / "hole" / f"{file_name[:-4]}_mask.png"
-    )
+def with_test_image(root: Path, file_name: str) -> Path:
+    """The stripes, with one more image to test, and its mask."""
+    folder = write_stripes(root) / "stripes"
+    BAD[file_name][0](folder / "test" / "hole" / file_name)
+    masks = folder / "ground_truth" / "hole"
+    shutil.copy(masks / "000_mask.png", masks / f"{Path(file_name).stem}_mask.png")
+    return root
+
+
+@pytest.mark.parametrize("file_name", ["text.png", "16 bits.png"])
+def test_no_image_is_scored_if_the_header_of_one_is_bad(trained: Trained, tmp_path: Path, file_name: str) -> None:
+    root = with_test_image(tmp_path / "data", file_name)
     engine = engine_in(tmp_path / "results")
-    with pytest.raises(ValueError, match=f"{file_name}.*{words}"):
-        engine.predict(trained[0], data_path=root / "stripes" / "test")
-    with pytest.raises(ValueError, match=f"{file_name}.*{words}"):
-        engine.test(trained[0], datamodule=data(root))
+    with pytest.raises(ValueError, match=f"{file_name}.*{BAD[file_name][1]}"):
+        engine.predict(trained.model, data_path=root / "stripes" / "test")
+    with pytest.raises(ValueError, match=f"{file_name}.*{BAD[file_name][1]}"):
+        engine.test(trained.model, datamodule=data(root))
+
+
+def test_a_truncated_image_ends_a_test_when_it_is_read(trained: Trained, tmp_path: Path) -> None:
+    root = with_test_image(tmp_path / "data", "half.png")
+    with pytest.raises(OSError, match="truncated"):
+        engine_in(tmp_path / "results").test(trained.model, datamodule=data(root))
 
 
 def spoil_mask(folder: Path) -> None:
@@ -215,7 +225,7 @@ def spoil_all_training_images(folder: Path) -> None:
     [
         (spoil_mask, "003_mask.png cannot be read"),
         (spoil_training_image, "half.png cannot be read"),
-        (spoil_all_training_images, "The training set has no normal image; check the root"),
+        (spoil_all_training_images, "None of the 0 images of the training or validation set is normal; check the root"),
     ],
 )
 def test_bad_data_is_refused_before_training(

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,9 @@ import torch
 from anomalib.models import AnomalibModule
 from lightning.pytorch.callbacks import Callback
 
-from .conftest import build, data, engine_in
+from tests.tiny_models import build, engine_in
+
+from .conftest import data
 
 EPOCHS = 3
 # Its processes are copies of one that has only imported. Copies of this one would have what threads of other tests
@@ -61,14 +62,6 @@ class FullDisk(Callback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
 
 
-class KillWhileCaching(Callback):
-    """Kills its process after the first batch, when features of some images are in a file of the run's folder."""
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        assert str(trainer.default_root_dir) in Path("/proc/self/maps").read_text()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 def train(name: str, root: Path, folder: Path, ckpt_path: str | None = None, **trainer) -> AnomalibModule:
     model = build(name)
     engine_in(folder, max_epochs=EPOCHS, **trainer).fit(model, datamodule=data(root), ckpt_path=ckpt_path)
@@ -77,11 +70,6 @@ def train(name: str, root: Path, folder: Path, ckpt_path: str | None = None, **t
 
 def train_until_killed(name: str, root: Path, folder: Path, ckpt_path: str | None, moment: int) -> None:
     train(name, root, folder, ckpt_path, callbacks=[KillAt(moment)])
-
-
-def train_until_killed_while_caching(name: str, root: Path, folder: Path) -> None:
-    model = build(name, feature_cache_gib=1e-9)  # about one byte
-    engine_in(folder, callbacks=[KillWhileCaching()]).fit(model, datamodule=data(root))
 
 
 def train_until_the_disk_is_full(name: str, root: Path, folder: Path, kill: bool) -> None:
@@ -113,13 +101,6 @@ def test_a_run_that_is_killed_goes_on_to_the_same_result(
     assert resumed.keys() == whole.keys()
     for key, value in whole.items():
         assert torch.equal(resumed[key], value), key
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("model", ["ADTR", "SAAE"])
-def test_a_run_that_is_killed_while_it_caches_leaves_no_file(model: str, stripes: Path, tmp_path: Path) -> None:
-    assert run_in_child(train_until_killed_while_caching, model, stripes, tmp_path) == signal.SIGKILL
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("kill", [True, False], ids=["killed", "disk full"])

@@ -12,14 +12,14 @@ import anomalib.models
 import pytest
 import torch
 from anomalib.data import get_datamodule
-from anomalib.models import AnomalibModule, Padim, UnknownModelError, get_model
-from lightning import Trainer
+from anomalib.models import UnknownModelError, get_model
 
 from anomalib_recon import models
 from anomalib_recon.data import DemoAD
-from anomalib_recon.models.components import FrozenBackbone
+from anomalib_recon.layers import FrozenBackbone
+from tests.tiny_models import TINY, Trained, build, engine_in
 
-from .conftest import TINY, build, data, engine_in
+from .conftest import data
 
 
 class Planted:
@@ -40,15 +40,8 @@ def with_planted_code(path: Path, witness: Path, stranger: Path) -> Path:
     return stranger
 
 
-def save(model: AnomalibModule, path: Path) -> Path:
-    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
-    trainer.strategy.connect(model)
-    trainer.save_checkpoint(path)
-    return path
-
-
-def test_planted_code_is_not_executed(trained: tuple[AnomalibModule, str], stripes: Path, tmp_path: Path) -> None:
-    model, path = trained
+def test_planted_code_is_not_executed(trained: Trained, stripes: Path, tmp_path: Path) -> None:
+    model, path, _ = trained
     witness = tmp_path / "executed"
     stranger = with_planted_code(Path(path), witness, tmp_path / "stranger.ckpt")
     engine = engine_in(tmp_path)
@@ -82,43 +75,6 @@ def test_a_start_of_adtr_plus_that_is_no_checkpoint_is_refused(stripes: Path, tm
     model = build("ADTR", labels="pixel", confetti=0.5, normal_checkpoint=tmp_path / "start.ckpt")
     with pytest.raises(ValueError, match=r"not a checkpoint of anomalib|checkpoint is not one of ADTR"):
         engine_in(tmp_path).fit(model, datamodule=data(stripes))
-
-
-@pytest.mark.parametrize("other", [*TINY, "Padim"])
-def test_a_checkpoint_of_another_model_is_refused(name: str, stripes: Path, tmp_path: Path, other: str) -> None:
-    if other == name:
-        pytest.skip("the same model")
-    stranger = Padim(backbone="resnet18", pre_trained=False) if other == "Padim" else build(other)
-    path = save(stranger, tmp_path / "stranger.ckpt")
-    with pytest.raises(ValueError, match=f"The checkpoint is not one of {name}"):
-        engine_in(tmp_path).test(build(name), datamodule=data(stripes), ckpt_path=path)
-    with pytest.raises(ValueError, match=r"^[^\n]+$"):
-        getattr(models, name).load_from_checkpoint(path)
-
-
-DIFFERENT = {
-    "InTra": {"depth": 1}, "ADTR": {"mlp_dim": 16}, "SAAE": {"mlp_ratio": 2}, "PatchAE": {"embed_dim": 8},
-}  # fmt: skip
-
-
-def test_a_checkpoint_of_another_configuration_is_refused(
-    name: str, trained: tuple[AnomalibModule, str], stripes: Path, tmp_path: Path
-) -> None:
-    [(argument, value)] = DIFFERENT[name].items()
-    saved = trained[0].hparams[argument]
-    words = rf"^The checkpoint needs a model with {argument}={saved} \(not {value}\); pass .* --model.{argument}"
-    with pytest.raises(ValueError, match=words):
-        engine_in(tmp_path).test(build(name, **DIFFERENT[name]), datamodule=data(stripes), ckpt_path=trained[1])
-
-
-def test_a_checkpoint_of_an_older_version_is_refused(
-    name: str, trained: tuple[AnomalibModule, str], stripes: Path, tmp_path: Path
-) -> None:
-    checkpoint = torch.load(trained[1], weights_only=True)
-    del checkpoint["hyper_parameters"]["image_size"]
-    torch.save(checkpoint, tmp_path / "old.ckpt")
-    with pytest.raises(ValueError, match=f"^The checkpoint is not one of {name}, or of a version without some of its"):
-        engine_in(tmp_path).test(build(name), datamodule=data(stripes), ckpt_path=tmp_path / "old.ckpt")
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,6 @@ from anomalib_recon.files import write_whole
 from anomalib_recon.layers import create_backbone, stage_strides
 from anomalib_recon.metrics import RawScoreEvaluator
 from anomalib_recon.models import PatchAE
-from anomalib_recon.models.components import create_backbone, stage_strides
 
 # an epoch of these learns the statistics of the stages, and no weights
 NO_STEPS = {"trained_stages": 0, "learning_rate": 1e-12}

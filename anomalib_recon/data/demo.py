@@ -45,22 +45,36 @@ class DemoAD(MVTecAD):
     ``root/v<version of the drawings>-seed<picture_seed>/category``.
 
     Args:
-        root: Folder of the data set; ``None`` for anomalib's cache of data sets. Defaults to ``"./datasets/DemoAD"``.
-        category: ``"grid"`` (a woven wire mesh), ``"leather"`` or ``"plate"`` (a machined plate).
+        root (Path | str | None): Folder of the data set; ``None`` for anomalib's cache of data sets.
+            Defaults to ``"./datasets/DemoAD"``.
+        category (str): ``"grid"`` (a woven wire mesh), ``"leather"`` or ``"plate"`` (a machined plate).
             Defaults to ``"grid"``.
-        picture_seed: Non-negative seed of the drawings: the same seed gives the same pictures. Defaults to ``0``.
-        train_batch_size: Training batch size. Defaults to ``8``.
-        eval_batch_size: Validation and test batch size. Defaults to ``8``.
-        num_workers: Number of processes that load pictures. Defaults to ``0``.
-        train_augmentations: Augmentations of the training images. Defaults to ``None``.
-        val_augmentations: Augmentations of the validation images. Defaults to ``None``.
-        test_augmentations: Augmentations of the test images. Defaults to ``None``.
-        augmentations: Augmentations where no stage-specific ones are given. Defaults to ``None``.
-        test_split_mode: How the test set is made. Defaults to ``TestSplitMode.FROM_DIR``.
-        test_split_ratio: Share of the data used for testing. Defaults to ``0.2``.
-        val_split_mode: How the validation set is made. Defaults to ``ValSplitMode.SAME_AS_TEST``.
-        val_split_ratio: Share of the data used for validation. Defaults to ``0.5``.
-        seed: Seed of the random splits, not of the pictures. Defaults to ``None``.
+        picture_seed (int): Non-negative seed of the drawings: the same seed gives the same pictures.
+            Defaults to ``0``.
+        train_batch_size (int): Training batch size.
+            Defaults to ``8``.
+        eval_batch_size (int): Validation and test batch size.
+            Defaults to ``8``.
+        num_workers (int): Number of processes that load pictures.
+            Defaults to ``0``.
+        train_augmentations (Transform | None): Augmentations of the training images.
+            Defaults to ``None``.
+        val_augmentations (Transform | None): Augmentations of the validation images.
+            Defaults to ``None``.
+        test_augmentations (Transform | None): Augmentations of the test images.
+            Defaults to ``None``.
+        augmentations (Transform | None): Augmentations where no stage-specific ones are given.
+            Defaults to ``None``.
+        test_split_mode (TestSplitMode | str): How the test set is made.
+            Defaults to ``TestSplitMode.FROM_DIR``.
+        test_split_ratio (float): Share of the data used for testing.
+            Defaults to ``0.2``.
+        val_split_mode (ValSplitMode | str): How the validation set is made.
+            Defaults to ``ValSplitMode.SAME_AS_TEST``.
+        val_split_ratio (float): Share of the data used for validation.
+            Defaults to ``0.5``.
+        seed (int | None): Seed of the random splits, not of the pictures.
+            Defaults to ``None``.
 
     Raises:
         ValueError: If the category is unknown or ``picture_seed`` is negative.

@@ -116,36 +116,55 @@ class LabelledFolder(Folder):
     anomalib's own do, would take the anomalies for normal.
 
     Args:
-        name: Name of the dataset, for the results.
-        normal_dir: Folder or folders of normal images.
-        root: Folder that the others are relative to. Defaults to ``None``.
-        abnormal_dir: Folder or folders of anomalous test images. Defaults to ``None``.
-        normal_test_dir: Folder or folders of normal test images. Defaults to ``None``.
-        mask_dir: Folder or folders of the masks of ``abnormal_dir``. Defaults to ``None``.
-        normal_split_ratio: As in ``Folder``. Defaults to ``0.2``.
-        extensions: File extensions of images. Defaults to ``None``, which means torchvision's.
-        train_batch_size: Training batch size. Defaults to ``32``.
-        eval_batch_size: Validation and test batch size. Defaults to ``32``.
-        num_workers: Number of processes that load images. Defaults to ``8``.
-        train_augmentations: Augmentations of the training images. Defaults to ``None``.
-        val_augmentations: Augmentations of the validation images. Defaults to ``None``.
-        test_augmentations: Augmentations of the test images. Defaults to ``None``.
-        augmentations: Augmentations where no stage-specific ones are given. Defaults to ``None``.
-        test_split_mode: How the test set is made. Defaults to ``TestSplitMode.FROM_DIR``.
-        test_split_ratio: Share of the normal images used for testing if there is no ``normal_test_dir``. Defaults to
-            ``0.2``.
-        val_split_mode: How the validation set is made. Defaults to ``ValSplitMode.FROM_TEST``.
-        val_split_ratio: Share of the data used for validation. Defaults to ``0.5``.
-        seed: Seed of the random splits and draws. Defaults to ``None``, which is 0 in the draws: a later test must
-            leave out the same defects.
-        train_abnormal_dir: Folder or folders of defects to train on; may overlap ``abnormal_dir``. Defaults to
-            ``None``.
-        train_mask_dir: One folder of masks for each of ``train_abnormal_dir``, in the same order. The mask of
-            ``a/000.png`` is ``a/000.png`` or ``a/000_mask.png`` there, with any extension and of any size. Defaults
-            to ``None``.
-        num_train_abnormal: Number of defects to draw. Defaults to ``None``, which means all.
-        irrelevant_dir: Folder or folders of irrelevant images. Defaults to ``None``.
-        num_irrelevant: Number of irrelevant images to draw. Defaults to ``None``, which means all.
+        name (str): Name of the dataset, for the results.
+        normal_dir (Folders): Folder or folders of normal images.
+        root (str | Path | None): Folder that the others are relative to.
+            Defaults to ``None``.
+        abnormal_dir (Folders | None): Folder or folders of anomalous test images.
+            Defaults to ``None``.
+        normal_test_dir (Folders | None): Folder or folders of normal test images.
+            Defaults to ``None``.
+        mask_dir (Folders | None): Folder or folders of the masks of ``abnormal_dir``.
+            Defaults to ``None``.
+        normal_split_ratio (float): As in ``Folder``.
+            Defaults to ``0.2``.
+        extensions (tuple[str, ...] | None): File extensions of images.
+            Defaults to ``None``, which means torchvision's.
+        train_batch_size (int): Training batch size.
+            Defaults to ``32``.
+        eval_batch_size (int): Validation and test batch size.
+            Defaults to ``32``.
+        num_workers (int): Number of processes that load images.
+            Defaults to ``8``.
+        train_augmentations (Transform | None): Augmentations of the training images.
+            Defaults to ``None``.
+        val_augmentations (Transform | None): Augmentations of the validation images.
+            Defaults to ``None``.
+        test_augmentations (Transform | None): Augmentations of the test images.
+            Defaults to ``None``.
+        augmentations (Transform | None): Augmentations where no stage-specific ones are given.
+            Defaults to ``None``.
+        test_split_mode (TestSplitMode | str): How the test set is made.
+            Defaults to ``TestSplitMode.FROM_DIR``.
+        test_split_ratio (float): Share of the normal images used for testing if there is no ``normal_test_dir``.
+            Defaults to ``0.2``.
+        val_split_mode (ValSplitMode | str): How the validation set is made.
+            Defaults to ``ValSplitMode.FROM_TEST``.
+        val_split_ratio (float): Share of the data used for validation.
+            Defaults to ``0.5``.
+        seed (int | None): Seed of the random splits and draws.
+            Defaults to ``None``, which is 0 in the draws: a later test must leave out the same defects.
+        train_abnormal_dir (Folders | None): Folder or folders of defects to train on; may overlap ``abnormal_dir``.
+            Defaults to ``None``.
+        train_mask_dir (Folders | None): One folder of masks for each of ``train_abnormal_dir``, in the same order. The
+            mask of ``a/000.png`` is ``a/000.png`` or ``a/000_mask.png`` there, with any extension and of any size.
+            Defaults to ``None``.
+        num_train_abnormal (int | None): Number of defects to draw.
+            Defaults to ``None``, which means all.
+        irrelevant_dir (Folders | None): Folder or folders of irrelevant images.
+            Defaults to ``None``.
+        num_irrelevant (int | None): Number of irrelevant images to draw.
+            Defaults to ``None``, which means all.
 
     Raises:
         ValueError: If a number is less than 1, or an argument lacks the folder that it is about. From ``setup``: if a

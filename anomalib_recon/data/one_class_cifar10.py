@@ -56,23 +56,36 @@ class OneClassCIFAR10(LabelledFolder):
     written as files, which takes half a minute.
 
     Args:
-        root: Folder of the data; ``None`` for anomalib's cache of data sets. Defaults to ``"./datasets/CIFAR"``.
-        normal_class: Name or number of the normal class: ``"airplane"`` (0), ``"automobile"``, ``"bird"``, ``"cat"``,
-            ``"deer"``, ``"dog"``, ``"frog"``, ``"horse"``, ``"ship"`` or ``"truck"`` (9). Defaults to ``"airplane"``.
-        num_auxiliary: Number of images to draw from CIFAR-100 as training anomalies; in the paper as many as normal
-            images, 5000. Defaults to ``0``.
-        whole_test_set: Whether to test on all 9000 images of the other classes, as many other papers do.
+        root (Path | str | None): Folder of the data; ``None`` for anomalib's cache of data sets.
+            Defaults to ``"./datasets/CIFAR"``.
+        normal_class (int | str): Name or number of the normal class: ``"airplane"`` (0), ``"automobile"``, ``"bird"``,
+            ``"cat"``, ``"deer"``, ``"dog"``, ``"frog"``, ``"horse"``, ``"ship"`` or ``"truck"`` (9).
+            Defaults to ``"airplane"``.
+        num_auxiliary (int): Number of images to draw from CIFAR-100 as training anomalies; in the paper as many as
+            normal images, 5000.
+            Defaults to ``0``.
+        whole_test_set (bool): Whether to test on all 9000 images of the other classes, as many other papers do.
             Defaults to ``False``, the protocol of the ADTR paper.
-        train_batch_size: Training batch size. Defaults to ``128``, that of the paper.
-        eval_batch_size: Validation and test batch size. Defaults to ``128``.
-        num_workers: Number of processes that load images. Defaults to ``8``.
-        train_augmentations: Augmentations of the training images. Defaults to ``None``.
-        val_augmentations: Augmentations of the validation images. Defaults to ``None``.
-        test_augmentations: Augmentations of the test images. Defaults to ``None``.
-        augmentations: Augmentations where no stage-specific ones are given. Defaults to ``None``.
-        val_split_mode: How the validation set is made. Defaults to ``ValSplitMode.SAME_AS_TEST``.
-        val_split_ratio: Share of the data used for validation. Defaults to ``0.5``.
-        seed: Seed of the draws and of a random validation split. Defaults to ``None``, which is 0 in the draws.
+        train_batch_size (int): Training batch size.
+            Defaults to ``128``, that of the paper.
+        eval_batch_size (int): Validation and test batch size.
+            Defaults to ``128``.
+        num_workers (int): Number of processes that load images.
+            Defaults to ``8``.
+        train_augmentations (Transform | None): Augmentations of the training images.
+            Defaults to ``None``.
+        val_augmentations (Transform | None): Augmentations of the validation images.
+            Defaults to ``None``.
+        test_augmentations (Transform | None): Augmentations of the test images.
+            Defaults to ``None``.
+        augmentations (Transform | None): Augmentations where no stage-specific ones are given.
+            Defaults to ``None``.
+        val_split_mode (ValSplitMode | str): How the validation set is made.
+            Defaults to ``ValSplitMode.SAME_AS_TEST``.
+        val_split_ratio (float): Share of the data used for validation.
+            Defaults to ``0.5``.
+        seed (int | None): Seed of the draws and of a random validation split.
+            Defaults to ``None``, which is 0 in the draws.
 
     Raises:
         ValueError: If the class is unknown or ``num_auxiliary`` is negative; from ``setup``, if it is too large.

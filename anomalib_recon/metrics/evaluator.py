@@ -32,12 +32,14 @@ class RawScoreEvaluator(Evaluator):
     and ``F1Max``: anomalib's ``AUROC`` and ``AUPR`` apply a sigmoid to them.
 
     Args:
-        val_metrics: Metrics to compute on the validation set, none by default.
-        test_metrics: Metrics to compute on the test set. Defaults to AUROC and F1 score of images and pixels and
-            AUPRO of pixels, under anomalib's names ``image_AUROC``, ``image_F1Score``, ``pixel_AUROC``,
-            ``pixel_F1Score`` and ``pixel_AUPRO``. Those of pixels are left out where masks or maps are missing.
-        compute_on_cpu: Whether to hold the metrics' states on the CPU, if there is only one device.
-        pixel_size: Where maps and masks of the test set are compared: at the model's size, to which anomalib shrinks
+        val_metrics (AnomalibMetric | Sequence[AnomalibMetric] | None): Metrics to compute on the validation set, none
+            by default.
+        test_metrics (AnomalibMetric | Sequence[AnomalibMetric] | None): Metrics to compute on the test set.
+            Defaults to AUROC and F1 score of images and pixels and AUPRO of pixels, under anomalib's names
+            ``image_AUROC``, ``image_F1Score``, ``pixel_AUROC``, ``pixel_F1Score`` and ``pixel_AUPRO``. Those of pixels
+            are left out where masks or maps are missing.
+        compute_on_cpu (bool): Whether to hold the metrics' states on the CPU, if there is only one device.
+        pixel_size (Literal["model", "original"]): Where maps and masks of the test set are compared: at the model's size, to which anomalib shrinks
             the masks by nearest neighbour, or at the ``"original"`` size of the mask's file (of a normal image, the
             image's). Maps are then resized bilinearly, antialiased where they shrink, before they are ranked;
             predicted masks by nearest neighbour. This takes the map for one of the whole image: test without crops.

@@ -145,11 +145,14 @@ class AUROC(AnomalibMetric, _AUROC):  # type: ignore[misc]
     """Area under the ROC curve, equal to scikit-learn's on raw scores.
 
     Args:
-        fields: Names of the batch's scores and ground truth, such as ``("anomaly_map", "gt_mask")``.
-        prefix: Start of the logged name, such as ``"pixel_"``.
-        strict: Whether a batch without these fields is an error; otherwise it is skipped.
-        fpr_limit: False positive rate up to which the area is taken, in (0, 1], by default 1.
-        max_points: Distinct scores up to which the result is exact.
+        fields (Sequence[str] | None): Names of the batch's scores and ground truth, such as
+            ``("anomaly_map", "gt_mask")``.
+        prefix (str): Start of the logged name, such as ``"pixel_"``.
+        strict (bool): Whether a batch without these fields is an error; otherwise it is skipped.
+        fpr_limit (float): False-positive rate up to which the area is taken, in (0, 1].
+            Defaults to ``1``.
+        max_points (int): Distinct scores up to which the result is exact.
+            Defaults to ``2**21``.
     """
 
 
@@ -159,11 +162,14 @@ class AUPRO(AnomalibMetric, _AUPRO):  # type: ignore[misc]
     The regions are anomalib's: 8-connected components of the ground truth, image by image.
 
     Args:
-        fields: Names of the batch's maps and ground truth, such as ``("anomaly_map", "gt_mask")``.
-        prefix: Start of the logged name, such as ``"pixel_"``.
-        strict: Whether a batch without these fields is an error; otherwise it is skipped.
-        fpr_limit: False positive rate up to which the area is taken, in (0, 1], by default 0.3.
-        max_points: Distinct scores up to which the result is exact.
+        fields (Sequence[str] | None): Names of the batch's maps and ground truth, such as
+            ``("anomaly_map", "gt_mask")``.
+        prefix (str): Start of the logged name, such as ``"pixel_"``.
+        strict (bool): Whether a batch without these fields is an error; otherwise it is skipped.
+        fpr_limit (float): False-positive rate up to which the area is taken, in (0, 1].
+            Defaults to ``0.3``.
+        max_points (int): Distinct scores up to which the result is exact.
+            Defaults to ``2**21``.
     """
 
 

@@ -50,8 +50,8 @@ class FalsePositiveRatePostProcessor(PostProcessor):
     images that the model has not been trained on.
 
     Scores are normalised from the same images: their lowest becomes 0, the threshold 0.5, and what is twice as far
-    from the lowest 1, as is all that is higher. Anomalies in a validation set have no influence, on thresholds
-    neither.
+    from the lowest 1, as is all that is higher. Anomalous images in a validation set change nothing: neither the
+    thresholds nor the normalisation look at them.
 
     In a checkpoint the thresholds are anomalib's own: a model that is loaded with a plain ``PostProcessor`` gives the
     same labels. The rates are in it for the record. They act at the end of ``fit`` only, with the values of the
@@ -59,13 +59,14 @@ class FalsePositiveRatePostProcessor(PostProcessor):
     other rates and saves a new checkpoint.
 
     Args:
-        pixel_fpr: Highest fraction of the pixels of normal images to be called anomalous, in (0, 1).
+        pixel_fpr (float): Highest fraction of the pixels of normal images to be called anomalous, in (0, 1).
             Defaults to ``0.005``, as in the paper.
-        image_fpr: Highest fraction of the normal images to be called anomalous, in (0, 1).
+        image_fpr (float): Highest fraction of the normal images to be called anomalous, in (0, 1).
             Defaults to ``0.05``, one image of 20: a rate that a few dozen images resolve.
-        split: The split with the normal images, ``"train"`` or ``"val"``; anomalous images in it are left out.
+        split (Literal["train", "val"]): The split with the normal images, ``"train"`` or ``"val"``; anomalous images in
+            it are left out.
             Defaults to ``"train"``.
-        enable_normalization: Normalise scores. Otherwise they stay raw, as do the thresholds.
+        enable_normalization (bool): Normalise scores. Otherwise they stay raw, as do the thresholds.
             Defaults to ``True``.
 
     Raises:

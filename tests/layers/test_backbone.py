@@ -17,7 +17,6 @@ from torchvision.transforms.v2.functional import normalize
 
 from anomalib_recon.layers import BackboneNormalize, FrozenBackbone, stage_strides
 from anomalib_recon.models import ADTR
-from anomalib_recon.models.components import BackboneNormalize, FrozenBackbone, stage_strides
 
 
 def random_model(name: str) -> nn.Module:

@@ -39,11 +39,11 @@ class RawScoreEvaluator(Evaluator):
             ``image_AUROC``, ``image_F1Score``, ``pixel_AUROC``, ``pixel_F1Score`` and ``pixel_AUPRO``. Those of pixels
             are left out where masks or maps are missing.
         compute_on_cpu (bool): Whether to hold the metrics' states on the CPU, if there is only one device.
-        pixel_size (Literal["model", "original"]): Where maps and masks of the test set are compared: at the model's size, to which anomalib shrinks
-            the masks by nearest neighbour, or at the ``"original"`` size of the mask's file (of a normal image, the
-            image's). Maps are then resized bilinearly, antialiased where they shrink, before they are ranked;
-            predicted masks by nearest neighbour. This takes the map for one of the whole image: test without crops.
-            One image is in memory at a time. Defaults to ``"model"``.
+        pixel_size (Literal["model", "original"]): Where maps and masks of the test set are compared: at the model's
+            size, to which anomalib shrinks the masks by nearest neighbour, or at the ``"original"`` size of the mask's
+            file (of a normal image, the image's). Maps are then resized bilinearly, antialiased where they shrink,
+            before they are ranked; predicted masks by nearest neighbour. This takes the map for one of the whole image:
+            test without crops. One image is in memory at a time. Defaults to ``"model"``.
 
     Raises:
         ValueError: If ``pixel_size`` is unknown; in a test at the original size, if an anomalous image has a mask but

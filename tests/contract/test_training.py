@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
 from anomalib_recon.data import DemoAD
-from tests.tiny_models import EPOCHS, Trained, build, demo_data, engine_in, train
+from tests.tiny_models import CLOSED_FORM, EPOCHS, Trained, build, demo_data, engine_in, train
 
 METRICS = {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_AUPRO", "pixel_F1Score"}
 
@@ -26,8 +26,12 @@ def assert_same_state(model: AnomalibModule, other: AnomalibModule) -> None:
         assert torch.equal(state[key], value), key
 
 
-def test_the_loss_falls(trained: Trained) -> None:
+def test_the_loss_falls(name: str, trained: Trained) -> None:
     losses = trained.probe.losses
+    if name in CLOSED_FORM:
+        assert len(losses) == 1
+        assert 0 < losses[0] < 1  # of whitened features, which would be 1 if nothing were predicted
+        return
     assert len(losses) == EPOCHS
     assert losses[-1] < losses[0]
 
@@ -43,6 +47,9 @@ def test_the_same_seed_gives_the_same_model(name: str, trained: Trained, demo: P
 
 
 def test_an_interrupted_run_goes_on_to_the_same_model(name: str, trained: Trained, demo: Path, tmp_path: Path) -> None:
+    if name in CLOSED_FORM:
+        pytest.skip("there is no epoch to interrupt")
+
     class Interrupt(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
             if (trainer.current_epoch, batch_idx) == (EPOCHS - 1, 1):

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from anomalib.data import Batch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
@@ -27,8 +26,9 @@ from anomalib.visualization import Visualizer
 from torch import Tensor
 
 from anomalib_recon.models.base import ReconstructionModule
-from anomalib_recon.training import FeatureCache
+from anomalib_recon.training import FeatureBatch, FeatureCache
 
+from .loss import ResidualLoss
 from .torch_model import FeatureInpaintingModel
 
 
@@ -116,19 +116,16 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
     ) -> None:
         super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
         self.model: FeatureInpaintingModel = self.build_network()
+        self.loss = ResidualLoss()
         self.feature_cache = FeatureCache(feature_cache_gib)
         self.automatic_optimization = False
 
     def configure_optimizers(self) -> None:
         """None: all is fitted in closed form."""
 
-    def training_inputs(self, batch: Batch) -> tuple[Tensor]:
-        """What the backbone makes of a batch of images."""
-        return (self.model.backbone(cast("Tensor", batch.image)),)
-
     def start_features(self, batch: Batch) -> Tensor:
         """What the backbone makes of a batch of images."""
-        return self.training_inputs(batch)[0]
+        return self.model.backbone(cast("Tensor", batch.image))
 
     def start(self, features: Iterable[Tensor]) -> None:
         """Fit all statistics.
@@ -138,10 +135,20 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
         """
         self.model.fit(features)
 
-    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Nothing is left to train."""
-        del batch, args, kwargs
-        return torch.zeros((), device=self.device)
+    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> None:
+        """Log what the prediction misses; nothing is left to train.
+
+        Args:
+            batch (Any): Batch of B pre-processed images, or of their places in the feature cache.
+            *args (Any): Not used.
+            **kwargs (Any): Not used.
+        """
+        del args, kwargs
+        cache = cast("FeatureCache", self.feature_cache)
+        (features,) = cache.read(batch) if isinstance(batch, FeatureBatch) else self.training_inputs(batch)
+        whitened = self.model.whiten(features)
+        loss = self.loss(whitened, self.model.reconstruct(whitened))
+        self.log("train_loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(features))
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:

@@ -150,8 +150,11 @@ class FeatureInpaintingModel(nn.Module):
                 f"{tuple(images.shape)}; resize them or build the model with their image_size."
             )
             raise ValueError(msg)
-        features = self.backbone(images)
-        with torch.autocast(images.device.type, enabled=False):
+        return self.whiten(self.backbone(images))
+
+    def whiten(self, features: Tensor) -> Tensor:
+        """Turn what the backbone makes of images, ``(B, C, h, w)``, into what :meth:`embed` returns."""
+        with torch.autocast(features.device.type, enabled=False):
             return self.whitening(self.scale(features.float()))
 
     def reconstruct(self, features: Tensor) -> Tensor:
@@ -209,7 +212,7 @@ class _Centred:
 
     def __iter__(self) -> Iterator[Tensor]:
         for batch in self._features:
-            yield self._model.whitening(self._model.scale(batch)) - self._model.place_mean
+            yield self._model.whiten(batch) - self._model.place_mean
 
 
 def _default_layers(backbone: str) -> list[str]:

@@ -68,6 +68,7 @@ class Whitening(nn.Module):
         for part in vectors.split(VECTORS_PER_PART):
             sums.update(part.T[None, :, :, None])
         self.set(sums)
+        self.mean, self.matrix = self.mean.to(vectors), self.matrix.to(vectors)
 
     def whiten(self, vectors: Tensor) -> Tensor:
         """Whiten vectors of shape ``(M, C)``."""

@@ -118,7 +118,6 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
         self.model: FeatureInpaintingModel = self.build_network()
         self.loss = ResidualLoss()
         self.feature_cache = FeatureCache(feature_cache_gib)
-        self.automatic_optimization = False
 
     def configure_optimizers(self) -> None:
         """None: all is fitted in closed form."""
@@ -135,13 +134,16 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
         """
         self.model.fit(features)
 
-    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> None:
+    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Log what the prediction misses; nothing is left to train.
 
         Args:
             batch (Any): Batch of B pre-processed images, or of their places in the feature cache.
             *args (Any): Not used.
             **kwargs (Any): Not used.
+
+        Returns:
+            Tensor: The same, for Lightning, which would not count a step without it.
         """
         del args, kwargs
         cache = cast("FeatureCache", self.feature_cache)
@@ -149,6 +151,7 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
         whitened = self.model.whiten(features)
         loss = self.loss(whitened, self.model.reconstruct(whitened))
         self.log("train_loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(features))
+        return loss.detach().requires_grad_()
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:

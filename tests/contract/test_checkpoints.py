@@ -46,8 +46,7 @@ def test_a_loaded_model_scores_as_the_trained_one(trained: Trained, demo: Path) 
     images = torch.from_numpy(demo_images(demo, (256, 256)))
     with torch.no_grad():
         expected, result = trained.model(images), loaded(images)
-    assert expected.pred_label.any()
-    assert not expected.pred_label.all()
+    assert len(expected.pred_score.unique()) > 3
     for field in ("pred_score", "anomaly_map", "pred_label", "pred_mask"):
         assert torch.equal(getattr(result, field), getattr(expected, field)), field
 

@@ -145,6 +145,40 @@ def test_datamodules_have_their_sets_after_setup(stripes) -> None:
     assert DirType.ABNORMAL.value == "abnormal"
 
 
+def test_the_training_dataloader_is_made_of_these_attributes(stripes) -> None:
+    datamodule = MVTecAD(root=stripes, category="stripes", num_workers=0)
+    datamodule.setup()
+    assert {"train_batch_size", "num_workers", "external_collate_fn"} <= set(vars(datamodule))
+    datamodule.train_data = datamodule.train_data.subsample([0, 1])
+    datamodule.external_collate_fn = len
+    assert list(datamodule.train_dataloader()) == [2]
+
+
+def test_batches_come_to_the_model_by_these_parts_of_the_trainer() -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, precision="bf16-mixed")
+    batch = ImageBatch(image=torch.rand(2, 3, 4, 4))
+    assert trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch)) is not None
+    with trainer.precision_plugin.forward_context():
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_the_arguments_of_a_model_are_saved_whoever_calls_the_constructor() -> None:
+    class Mixin:
+        def __init__(self, size: int) -> None:
+            super().__init__(post_processor=False)
+
+    class Model(Mixin, AnomalibModule):
+        trainer_arguments = learning_type = None
+
+        def __init__(self, size: int, width: int) -> None:
+            super().__init__(size + 1)
+
+    model = Model(1, width=2)
+    assert dict(model.hparams) == {"size": 1, "width": 2}
+    model.hparams["size"] = 3
+    assert model.hparams["size"] == 3
+
+
 def test_the_visualizer_finds_the_function_of_a_field_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functional, "visualize_something", len, raising=False)
     assert functional.get_visualize_function("something") is len

@@ -324,7 +324,7 @@ def at_original_size(model, root):
         image = Image.open(path)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
         with torch.no_grad():
-            raw = model.eval().model(model.pre_processor(pixels)).anomaly_map.squeeze().numpy()
+            raw = model.eval().model(model.pre_processor.transform(pixels)).anomaly_map.squeeze().numpy()
         maps.append(np.array(Image.fromarray(raw).resize(image.size, Image.Resampling.BILINEAR)))
         mask = root / f"toy/ground_truth/{path.parent.name}/{path.stem}_mask.png"
         masks.append(np.array(Image.open(mask)) > 0 if mask.exists() else np.zeros(maps[-1].shape, bool))

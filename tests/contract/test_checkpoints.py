@@ -46,8 +46,7 @@ def test_a_loaded_model_scores_as_the_trained_one(trained: Trained, demo: Path) 
     images = torch.from_numpy(demo_images(demo, (256, 256)))
     with torch.no_grad():
         expected, result = trained.model(images), loaded(images)
-    assert expected.pred_label.any()
-    assert not expected.pred_label.all()
+    assert len(expected.pred_score.unique()) > 3
     for field in ("pred_score", "anomaly_map", "pred_label", "pred_mask"):
         assert torch.equal(getattr(result, field), getattr(expected, field)), field
 
@@ -118,7 +117,7 @@ def test_one_of_another_version_is_refused(name: str, trained: Trained, checkpoi
             model.on_load_checkpoint({**checkpoint, "hyper_parameters": other})
 
     state = checkpoint["state_dict"]
-    weight = [key for key, _ in trained.model.named_parameters()][-1]
+    weight = next(key for key, _ in trained.model.named_parameters() if key.startswith("model."))
     without = {key: value for key, value in state.items() if key != weight}
     for changed in (without, {**state, "model.new": torch.ones(1)}, {**state, weight: torch.ones(1, 2, 3)}):
         words = rf"^The checkpoint and {name} differ in 1 tensors, (model.new|{weight}) for one: it is of another ver"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import save, write_stripes
-from tests.tiny_models import build, engine_in
+from tests.tiny_models import CLOSED_FORM, build, engine_in
 
 from .conftest import data
 
@@ -39,6 +39,8 @@ def test_images_of_one_colour(name: str, tmp_path: Path, level: float) -> None:
 def test_a_broken_loss_stops_the_training_and_keeps_the_last_checkpoint(
     name: str, stripes: Path, tmp_path: Path, value: float
 ) -> None:
+    if name in CLOSED_FORM:
+        pytest.skip("has no second epoch")
     model = build(name)
 
     def break_in_second_epoch(loss: nn.Module, arguments: tuple, result: Tensor) -> Tensor:

@@ -6,13 +6,14 @@ import pickle
 import openvino as ov
 import pytest
 import torch
-from anomalib.data import InferenceBatch
+from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.models.components.base.export_mixin import ExportMixin
 from anomalib.pipelines.tiled_ensemble.components.utils.helper_functions import drop_resize_transform
 from lightning.pytorch import LightningModule
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Normalize, Resize
 
-from anomalib_recon.pre_processing import ExactResizePreProcessor
+from anomalib_recon.pre_processing import ExactResizePreProcessor, flatten_transform
+from anomalib_recon.training import FeatureBatch
 
 SIZE = (48, 40)
 
@@ -59,6 +60,24 @@ def test_tiled_ensemble_can_drop_the_resize():
     image = torch.rand(1, 3, 90, 80)
     assert torch.equal(pre_processor(image), image[..., 30:60, 30:50])
     assert torch.equal(pre_processor.transform(image), image[..., 30:60, 30:50])
+
+
+def test_training_batches_without_images_are_left_alone():
+    """Such as those of cached features."""
+    batch = FeatureBatch(torch.arange(3))
+    ExactResizePreProcessor(Resize(SIZE)).on_train_batch_start(None, None, batch, 0)
+    assert torch.equal(batch.index, torch.arange(3))
+    images = ImageBatch(image=torch.rand(2, 3, 90, 80))
+    ExactResizePreProcessor(Resize(SIZE)).on_train_batch_start(None, None, images, 0)
+    assert images.image.shape == (2, 3, *SIZE)
+
+
+def test_nested_transforms_are_listed_in_order():
+    first, second, third = Resize(SIZE), CenterCrop((30, 20)), Resize((8, 8))
+    nested = Compose([Compose([first, Compose([second])]), third])
+    assert list(flatten_transform(nested)) == [first, second, third]
+    assert list(flatten_transform(first)) == [first]
+    assert list(flatten_transform(None)) == []
 
 
 class _ResizeOnly(ExportMixin, LightningModule):

@@ -82,7 +82,11 @@ def test_checkpoints_hold_plain_data(tmp_path: Path) -> None:
     arguments = {**SMALL, "layers": ("layer1", "layer2"), "pre_trained": False}
     checkpoint = save(ADTR(**arguments), tmp_path / "adtr.ckpt")
     assert checkpoint["hyper_parameters"]["image_size"] == (64, 64)
-    assert checkpoint["hyper_parameters"]["layers"] == ["layer1", "layer2"]
+    assert list(checkpoint["hyper_parameters"]["layers"]) == ["layer1", "layer2"]
+
+
+def test_checkpoints_with_paths_of_other_files_load(trained: tuple[ADTR, str]) -> None:
+    assert Path(torch.load(trained[1], weights_only=True)["hyper_parameters"]["backbone_weights"]).name == "weights.pth"
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -268,28 +268,43 @@ def test_bf16_mixed_precision_trains(stripes: Path, tmp_path: Path) -> None:
     assert is_finite(model)
 
 
-def test_two_processes_train_one_model(stripes: Path, tmp_path: Path) -> None:
+def test_two_processes_train_one_model_with_confetti_of_their_own(
+    stripes: Path, tmp_path: Path, normal_checkpoint: str
+) -> None:
     script = tmp_path / "ddp.py"
     script.write_text(
-        "import json, sys\n"
+        "import sys\n"
         "from pathlib import Path\n"
-        "from tests.adtr.test_training import data, train\n"
-        "root, folder = map(Path, sys.argv[1:])\n"
-        "model, engine = train(data(root), folder, devices=2, strategy='ddp', max_epochs=2)\n"
-        "numbers = [float(model.post_processor.image_threshold), engine.trainer.global_step,\n"
-        "           *(float(weight.double().sum()) for weight in model.parameters())]\n"
-        "(folder / f'rank{engine.trainer.global_rank}.json').write_text(json.dumps(numbers))\n"
+        "import torch\n"
+        "from tests.adtr.test_training import Probe, data, train\n"
+        "class MaskProbe(Probe):\n"
+        "    def on_train_start(self, trainer, pl_module):\n"
+        "        self.masks = []\n"
+        "        pl_module.loss.register_forward_pre_hook(lambda module, args: self.masks.append(args[2]))\n"
+        "root, folder, checkpoint = map(Path, sys.argv[1:])\n"
+        "arguments = {'labels': 'pixel', 'confetti': 1.0, 'normal_checkpoint': checkpoint}\n"
+        "probe = MaskProbe()\n"
+        "model, engine = train(data(root), folder, arguments, callbacks=[probe], devices=2, strategy='ddp',\n"
+        "                      max_epochs=2)\n"
+        "result = {'state': model.state_dict(), 'steps': engine.trainer.global_step, 'masks': probe.masks}\n"
+        "torch.save(result, folder / f'rank{engine.trainer.global_rank}.pt')\n"
     )
     project = Path(__file__).parents[2]
     subprocess.run(
-        [sys.executable, str(script), str(stripes), str(tmp_path)],
+        [sys.executable, str(script), str(stripes), str(tmp_path), normal_checkpoint],
         check=True,
         cwd=project,
         env={**os.environ, "PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"},
         timeout=300,
     )
-    first, second = (tmp_path / f"rank{rank}.json" for rank in (0, 1))
-    assert first.read_text() == second.read_text()
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first["steps"] == second["steps"] == 4
+    for name, value in first["state"].items():
+        assert torch.equal(second["state"][name], value), name
+    assert [masks.shape for masks in first["masks"]] == 2 * [(5, 64, 64), (1, 64, 64)]
+    for masks, others in zip(first["masks"], second["masks"], strict=True):
+        assert masks.flatten(1).any(dim=1).all()
+        assert not (masks == others).flatten(1).all(dim=1).any()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from anomalib_recon.models.saae import SAAEModel
 from anomalib_recon.models.saae.anomaly_map import Distance, feature_distance
-from anomalib_recon.models.saae.autoencoder import DecoderLayer, LatentTransformer, SelfAttentionAutoencoder
+from anomalib_recon.models.saae.autoencoder import LatentTransformer, SelfAttentionAutoencoder
 from anomalib_recon.models.saae.loss import IMAGES_PER_PART, SAAELoss
 
 SMALL = {"backbone": "resnet18", "layers": ["layer1", "layer2"], "pre_trained": False, "image_size": (64, 64)}
@@ -83,22 +83,6 @@ def test_decoder_has_the_positions_of_the_encoder() -> None:
     transformer(latent)
     for part in ("encoder", "decoder"):
         torch.testing.assert_close(seen[part] - before[part], step)
-
-
-@torch.no_grad()
-def test_decoder_layer_is_that_of_torch_though_it_attends_once_to_one_query() -> None:
-    torch.manual_seed(0)
-    arguments = {"d_model": 12, "nhead": 3, "dim_feedforward": 8, "dropout": 0.0, "batch_first": True}
-    layer, expected = DecoderLayer(**arguments), nn.TransformerDecoderLayer(**arguments)
-    for weight in layer.parameters():
-        nn.init.normal_(weight)
-    expected.load_state_dict(layer.state_dict())
-    query, encoded = torch.rand(1, 5, 12), torch.rand(3, 5, 12)
-    calls = []
-    layer.self_attn.register_forward_hook(lambda _, args, output: calls.append(len(args[0])))
-    torch.testing.assert_close(layer(query, encoded), expected(query.expand(3, -1, -1), encoded))
-    assert calls == [1]
-    torch.testing.assert_close(layer(encoded, encoded), expected(encoded, encoded))
 
 
 def test_every_cell_reaches_every_other_only_through_the_transformer() -> None:

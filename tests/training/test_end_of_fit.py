@@ -12,8 +12,8 @@ from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from anomalib_recon import models
-from anomalib_recon.data import DemoAD, drawing
 from anomalib_recon.models import SAAE, InTra
+from tests.tiny_models import demo_data
 
 TINY: dict[str, dict[str, Any]] = {
     "InTra": {
@@ -26,17 +26,6 @@ TINY: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # a score that nothing reaches
 UNREACHED = {"mode": "max", "min_delta": 2.0}
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoAD:
-    """Demo data with few pictures: 12 to train on, 4 good and 10 defective to test."""
-    with pytest.MonkeyPatch.context() as patch:
-        for constant, count in {"TRAIN_PICTURES": 12, "GOOD_TEST_PICTURES": 4, "PICTURES_PER_DEFECT": 2}.items():
-            patch.setattr(drawing, constant, count)
-        datamodule = DemoAD(root=tmp_path_factory.mktemp("demo"), train_batch_size=5, eval_batch_size=4)
-        datamodule.prepare_data()
-    return datamodule
 
 
 @pytest.fixture(params=TINY)
@@ -90,31 +79,31 @@ def test_validation_runs_once_if_nobody_watches(name: str, stripes: Path, tmp_pa
     assert engine.trainer.limit_val_batches == 1.0
 
 
-def test_image_auroc_stops_training(name: str, demo: DemoAD, tmp_path: Path) -> None:
+def test_image_auroc_stops_training(name: str, demo: Path, tmp_path: Path) -> None:
     watch, model = Watch(), build(name)
     stop = EarlyStopping(monitor="image_AUROC", patience=1, **UNREACHED)
     engine = engine_in(tmp_path, watch, stop, max_epochs=9)
-    engine.fit(model, datamodule=demo)
+    engine.fit(model, datamodule=demo_data(demo))
     assert engine.trainer.current_epoch == 2
     # InTra is validated once more, with the weights of its best epoch
     assert watch.validated == ([1, 2] if name == "SAAE" else [1, 2, 2])
     assert all(watch.ready)
     score = float(engine.trainer.callback_metrics["image_AUROC"])
-    assert score == metric_of(model, "image_AUROC", demo, tmp_path)
+    assert score == metric_of(model, "image_AUROC", demo_data(demo), tmp_path)
     assert 0 < float(stop.best_score) < 1
 
 
-def test_checkpoint_of_the_best_pixel_auroc_is_whole(name: str, demo: DemoAD, tmp_path: Path) -> None:
+def test_checkpoint_of_the_best_pixel_auroc_is_whole(name: str, demo: Path, tmp_path: Path) -> None:
     best = ModelCheckpoint(tmp_path, monitor="pixel_AUROC", mode="max", save_top_k=-1, filename="{epoch}")
     watch = Watch()
     engine = engine_in(tmp_path, watch, best)
-    engine.fit(build(name), datamodule=demo)
+    engine.fit(build(name), datamodule=demo_data(demo))
     assert watch.validated == ([1, 2, 3] if name == "SAAE" else [1, 2, 3, 3])
     assert len(best.best_k_models) == 3
     for path, score in best.best_k_models.items():
         loaded = getattr(models, name).load_from_checkpoint(path)
         assert bool(loaded.post_processor.image_threshold.isfinite())
-        assert float(score) == metric_of(loaded, "pixel_AUROC", demo, tmp_path)
+        assert float(score) == metric_of(loaded, "pixel_AUROC", demo_data(demo), tmp_path)
 
 
 def test_best_checkpoint_survives_a_stop(name: str, stripes: Path, tmp_path: Path) -> None:

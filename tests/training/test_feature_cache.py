@@ -43,8 +43,8 @@ ARGUMENTS: dict[type[ADTR | SAAE], dict[str, Any]] = {
 ADTR_GIB = 12 * 192 * 16 * 2 / 2**30
 
 
-def build(model_class: type[ADTR | SAAE], **arguments: Any) -> ADTR | SAAE:
-    seed_everything(0)
+def build(model_class: type[ADTR | SAAE], seed: int = 0, **arguments: Any) -> ADTR | SAAE:
+    seed_everything(seed)
     common = {"pre_trained": False, "learning_rate": 2e-3, "visualizer": False}
     return model_class(**{**ARGUMENTS[model_class], **common, **arguments})
 
@@ -235,6 +235,24 @@ def test_interrupted_run_resumes_to_the_same_weights(stripes: Path, tmp_path: Pa
     resumed, watch = train(build(ADTR), data(stripes), tmp_path / "rest", ckpt_path=checkpoint, seed=9)
     assert watch.cached == 2 * 3 * [True]
     assert_same(weights, resumed)
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_features_are_those_of_the_backbone_in_a_checkpoint(stripes: Path, tmp_path: Path, is_resumed: bool) -> None:
+    """Weights come after the cache is filled: those of a run to be continued, or those that ADTR+ starts from."""
+    train(build(ADTR), data(stripes), tmp_path, max_epochs=1)
+    checkpoint = next(tmp_path.rglob("model.ckpt"))
+    arguments = {} if is_resumed else {"labels": "image", "top_k": 4, "normal_checkpoint": checkpoint}
+    results = []
+    for make in (build_without_cache, build):
+        model = make(ADTR, seed=5, **arguments)
+        datamodule = data(stripes) if is_resumed else labelled_data(stripes)
+        weights, watch = train(
+            model, datamodule, tmp_path / "other", ckpt_path=checkpoint if is_resumed else None, max_epochs=2
+        )
+        results.append(weights)
+    assert all(watch.cached)
+    assert_same(*results)
 
 
 class Look(Callback):

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from collections import Counter
+from pathlib import Path
 
 import openvino
 import pytest
 import torch
 from torch import Tensor, nn
 
-from anomalib_recon.models.export import comparison_operations, operations_before
+from anomalib_recon.models.export import backbone_operations, comparison_operations
 
 
 class Reconstruction(nn.Module):
@@ -36,16 +37,34 @@ def test_the_comparison_ends_at_the_layers_with_weights(num_layers: int, convolu
     assert kinds["MatMul"] == products
 
 
-def test_what_a_layer_depends_on_ends_before_it() -> None:
-    model = openvino.convert_model(Reconstruction().eval(), example_input=torch.rand(1, 3, 32, 32))
-    names = set(operations_before(model, "self.rebuild.weight"))
-    kinds = [node.get_type_name() for node in model.get_ordered_ops() if node.get_friendly_name() in names]
-    assert kinds.count("Convolution") == 1
-    assert "Relu" in kinds
-    assert not {"MatMul", "Subtract"} & set(kinds)
+class WithBackbone(nn.Module):
+    """A network as a model holds it: its parameters have the names of an export."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.ModuleDict(
+            {
+                "backbone": nn.Sequential(nn.Conv2d(3, 8, kernel_size=4, stride=4), nn.ReLU(), nn.Conv2d(8, 8, 1)),
+                "reduce": nn.Conv2d(8, 4, kernel_size=1),
+            }
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        # a scale that the converter joins with the weights behind it
+        return self.model["reduce"](self.model["backbone"](images).relu() / torch.arange(1.0, 9)[:, None, None])
 
 
-def test_a_graph_without_the_layer_is_refused() -> None:
+def test_the_backbone_ends_at_its_last_layer(tmp_path: Path) -> None:
+    torch.onnx.export(WithBackbone().eval(), (torch.rand(1, 3, 32, 32),), tmp_path / "model.onnx", dynamo=True)
+    model = openvino.convert_model(tmp_path / "model.onnx")
+    names = set(backbone_operations(model))
+    kinds = Counter(node.get_type_name() for node in model.get_ordered_ops())
+    found = Counter(node.get_type_name() for node in model.get_ordered_ops() if node.get_friendly_name() in names)
+    assert kinds["Convolution"] == 3
+    assert found["Convolution"] == 2
+    assert found["Relu"] == 1
+
+
+def test_a_graph_without_a_backbone_has_none() -> None:
     model = openvino.convert_model(Reconstruction().eval(), example_input=torch.rand(1, 3, 32, 32))
-    with pytest.raises(ValueError, match=r"nothing to quantise behind the backbone, no project\.weight; choose int8\."):
-        operations_before(model, "project.weight")
+    assert backbone_operations(model) == []

@@ -8,7 +8,7 @@ from .covariance import FeatureCovariance
 from .dense_features import create_dense_features, vision_transformer_blocks
 from .feature_scale import FeatureScale, ScaleBy
 from .resize import AntialiasResize
-from .whitening import Whitening
+from .whitening import PrincipalWhitening, Whitening
 
 __all__ = [
     "AntialiasResize",
@@ -17,6 +17,7 @@ __all__ = [
     "FeatureScale",
     "FrozenBackbone",
     "ScaleBy",
+    "PrincipalWhitening",
     "Whitening",
     "check_finite",
     "check_positive",

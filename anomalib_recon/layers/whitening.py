@@ -2,6 +2,8 @@
 
 """Whitening: features in units of their normal variation.
 
+Two maps do it: one changes features as little as possible, the other sorts them by how much they vary.
+
 Example:
     >>> import torch
     >>> from anomalib_recon.layers import Whitening
@@ -26,7 +28,7 @@ VECTORS_PER_PART = 2**16
 
 
 class Whitening(nn.Module):
-    """Affine map to principal components of unit variance, the largest first; before it is set, features stay.
+    """Affine map to features of unit variance, as near as such can be to the given ones; before it is set, they stay.
 
     A Euclidean distance of whitened features is a Mahalanobis distance of the features, and as they are centred, matrix
     products find the nearest ones with all digits.
@@ -53,7 +55,15 @@ class Whitening(nn.Module):
         covariance.diagonal().add_((SHRINKAGE * covariance.diagonal().mean()).clamp(min=MIN_VARIANCE))
         variances, directions = torch.linalg.eigh(covariance)
         self.mean = sums.mean().to(self.mean)[:, None, None]
-        self.matrix = (directions / variances.sqrt()).flip(1).T.contiguous().to(self.matrix)
+        self.matrix = self._combine(directions / variances.sqrt(), directions).contiguous().to(self.matrix)
+
+    @staticmethod
+    def _combine(scaled: Tensor, directions: Tensor) -> Tensor:
+        """Map of the principal directions, in columns, with or without scale: here, back to the features they are of.
+
+        Unlike the directions themselves, it does not depend on their sign, nor on how alike their variances are.
+        """
+        return scaled @ directions.T
 
     def fit(self, vectors: Tensor) -> None:
         """Set the map by normal features.
@@ -84,3 +94,17 @@ class Whitening(nn.Module):
             Tensor: Features of the same shape.
         """
         return functional.conv2d(features - self.mean, self.matrix[:, :, None, None])
+
+
+class PrincipalWhitening(Whitening):
+    """Affine map to principal components of unit variance, the largest first; before it is set, features stay.
+
+    Args:
+        num_channels (int): Length C of a feature vector.
+    """
+
+    @staticmethod
+    def _combine(scaled: Tensor, directions: Tensor) -> Tensor:
+        """Map of the principal directions; those of the largest variance are the last."""
+        del directions
+        return scaled.flip(1).T

@@ -211,6 +211,9 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
             )
             raise ValueError(msg)
 
+    def initialize(self) -> None:
+        """Set weights that training starts from; called before features are computed, if no training is resumed."""
+
     def start_features(self, batch: Batch) -> Tensor:
         """Compute what :meth:`start` needs of a batch of pre-processed images; by default ``embed`` does."""
         return self.model.embed(cast("Tensor", batch.image))

@@ -3,9 +3,11 @@
 """Export to ONNX in the operator set in which the graph is made, and to int8 without losing the scores."""
 
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from anomalib.data import AnomalibDataModule
 
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
 
 OPSET_VERSION = 18
 # what an OpenVINO model computes nothing by: what is behind them is no part of the comparison
+# how the names of its parameters begin
+BACKBONE = "model.backbone."
+LOOPS = {"Loop", "TensorIterator"}
 NOT_COMPUTED = {"Constant", "Parameter", "ShapeOf"}
 
 
@@ -30,8 +35,6 @@ class CurrentOpsetExport:
 
     # layers with weights that are part of the comparison
     comparison_layers = 0
-    # what the layer with this parameter depends on is the backbone
-    first_own_weight: str | None = None
 
     def to_onnx(
         self,
@@ -70,10 +73,13 @@ class CurrentOpsetExport:
             raise ValueError(msg)
         datamodule.setup("fit")
         images = nncf.Dataset(datamodule.val_dataloader(), lambda batch: batch.image)
-        floating = set(comparison_operations(model, self.comparison_layers))
-        if self.first_own_weight:
-            floating |= set(operations_before(model, self.first_own_weight))
-        return nncf.quantize(model, images, ignored_scope=nncf.IgnoredScope(names=sorted(floating)))
+        floating = {*backbone_operations(model), *comparison_operations(model, self.comparison_layers)}
+        quantized = nncf.quantize(model, images, ignored_scope=nncf.IgnoredScope(names=sorted(floating)))
+        for loop in _loops(quantized):
+            if loop.get_friendly_name() not in floating:
+                steps = list(_steps(quantized, loop, images.get_inference_data()))
+                loop.set_function(nncf.quantize(loop.get_function(), nncf.Dataset(steps)))
+        return quantized
 
 
 def comparison_operations(model: "openvino.Model", num_layers: int) -> list[str]:
@@ -89,25 +95,39 @@ def comparison_operations(model: "openvino.Model", num_layers: int) -> list[str]
     return _upstream([value for result in model.get_results() for value in result.input_values()], num_layers)
 
 
-def operations_before(model: "openvino.Model", weight: str) -> list[str]:
-    """Name the operations of an OpenVINO model that the layer with a certain weight depends on.
+def backbone_operations(model: "openvino.Model") -> list[str]:
+    """Name the operations up to the last layer of the backbone of an OpenVINO model.
 
     Args:
         model (openvino.Model): The model, exported from ONNX.
-        weight (str): Parameter of the layer, as the state dict names it.
 
     Returns:
         list[str]: Names of the operations.
-
-    Raises:
-        ValueError: If no layer has it.
     """
-    parameters = (node for node in model.get_ops() if node.get_friendly_name() == weight)
-    layers = [value.get_node() for parameter in parameters for value in parameter.output(0).get_target_inputs()]
-    if not layers:
-        msg = f"compression_type=int8_ptq finds nothing to quantise behind the backbone, no {weight}; choose int8."
-        raise ValueError(msg)
-    return _upstream([layer.input_value(0) for layer in layers], math.inf)
+    parameters = [node for node in model.get_ops() if node.get_friendly_name().startswith(BACKBONE)]
+    users = [value.get_node().output(0) for node in parameters for value in node.output(0).get_target_inputs()]
+    return _upstream(users, math.inf)
+
+
+def _loops(model: "openvino.Model") -> list[Any]:
+    return [node for node in model.get_ops() if node.get_type_name() in LOOPS]
+
+
+def _steps(model: "openvino.Model", loop: Any, images: Iterable[Any]) -> Iterator[tuple[np.ndarray, ...]]:
+    """What the body of a loop sees of images, step by step, if its steps hand on nothing but what they were given."""
+    import openvino  # noqa: PLC0415  # slow, and only needed here
+
+    descriptions = sorted(loop.get_input_descriptions(), key=lambda description: description.body_parameter_index)
+    inputs = [loop.input_value(description.input_index) for description in descriptions]
+    before = openvino.compile_model(openvino.Model(inputs, model.get_parameters(), "before the loop"), "CPU")
+    axes = [getattr(description, "axis", None) for description in descriptions]
+    for image in images:
+        values = list(before(np.asarray(image)).values())
+        num_steps = max(value.shape[axis] for value, axis in zip(values, axes, strict=True) if axis is not None)
+        for step in range(num_steps):
+            yield tuple(
+                value if axis is None else value.take([step], axis) for value, axis in zip(values, axes, strict=True)
+            )
 
 
 def _upstream(values: list["openvino.Output"], num_layers: float) -> list[str]:
@@ -126,7 +146,12 @@ def _upstream(values: list["openvino.Output"], num_layers: float) -> list[str]:
 
 
 def _has_weights(node: "openvino.Node") -> bool:
-    """Whether it is a layer with weights: neither a filter of a map, of one channel, nor a resize, of four axes."""
+    """Whether it is a layer with weights: neither a filter of a map, of one channel, nor a resize, of four axes.
+
+    A loop is one if its body has one.
+    """
+    if node.get_type_name() in LOOPS:
+        return any(map(_has_weights, node.get_function().get_ops()))
     if node.get_type_name() == "Convolution":
         return node.input_value(1).get_partial_shape()[1].get_length() > 1
     return node.get_type_name() == "MatMul" and len(node.get_output_partial_shape(0)) < 4

@@ -75,7 +75,7 @@ class FeatureCache(Callback):
         self._parts: list[_Part] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Fill the cache, and let the model look at the features.
+        """Initialize the model, fill the cache, and let the model look at the features.
 
         Lightning restores the checkpoint of a resumed run after this, the backbone included.
         """
@@ -83,6 +83,7 @@ class FeatureCache(Callback):
             return
         module: Any = pl_module
         datamodule: Any = getattr(trainer, "datamodule", None)
+        module.initialize()
         self._prepare(trainer, module, datamodule)
         if datamodule is not None:
             module.start(_NormalFeatures(lambda: self._normal_features(trainer, module, datamodule.train_data)))

@@ -14,13 +14,14 @@ import torch
 from anomalib.data import NumpyImageBatch
 from anomalib.deploy import ExportType, OpenVINOInferencer
 
-from tests.exports import FP32, images_of
+from tests.exports import FP32
+from tests.tiny_models import OWN_SIZE, demo_images
 
 
-def test_openvino_in_threads(exported: dict[ExportType, Path], stripes: Path) -> None:
+def test_openvino_in_threads(exported: dict[ExportType, Path], demo: Path) -> None:
     """An inferencer of anomalib serves one thread: others are told that it is busy. Each thread has its own."""
     path = exported[ExportType.OPENVINO]
-    images = [*images_of(stripes, (64, 64)).transpose(0, 2, 3, 1)] * 8
+    images = [*demo_images(demo, OWN_SIZE).transpose(0, 2, 3, 1)] * 6
     own = threading.local()
 
     def predict(image: np.ndarray) -> NumpyImageBatch:

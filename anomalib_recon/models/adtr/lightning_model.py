@@ -122,7 +122,6 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
 
     network = ADTRModel
     free_arguments = ("dropout", "pool_size")
-    first_own_weight = "model.reduce.weight"
 
     def __init__(
         self,
@@ -189,14 +188,13 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
         return [optimizer], [torch.optim.lr_scheduler.MultiStepLR(optimizer, [self.lr_drop_epoch])]
 
-    def on_fit_start(self) -> None:
+    def initialize(self) -> None:
         """Start ADTR+ from an ADTR.
 
         Raises:
             ValueError: If ``normal_checkpoint`` is not the checkpoint of an ADTR with the same network.
         """
-        # a run that goes on has its own weights; in setup, the trainer does not know yet that it does
-        if self.labels and self.trainer.ckpt_path is None:
+        if self.labels:
             self._load_normal_checkpoint()
 
     def training_inputs(self, batch: Batch) -> tuple[Tensor, ...]:

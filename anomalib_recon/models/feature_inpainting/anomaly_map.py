@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 # examples that the covariance of all places counts for in that of a block
-PRIOR_EXAMPLES = 120
+PRIOR_EXAMPLES = 2000
 # share of the mean variance of the residual that is added to all variances
 SHRINKAGE = 0.01
+# least mean variance, where 1 is that of the features: of few or equal training images, nothing is left
+MIN_VARIANCE = 1e-6
 
 
 class AnomalyMapGenerator(nn.Module):
@@ -60,7 +62,7 @@ class AnomalyMapGenerator(nn.Module):
         weight = PRIOR_EXAMPLES / (PRIOR_EXAMPLES + count)
         covariance = (1 - weight) * products / count + weight * products.mean(dim=0) / count
         variance = covariance.diagonal(dim1=1, dim2=2)
-        variance += (SHRINKAGE * variance.mean(dim=1, keepdim=True)).clamp(min=torch.finfo(variance.dtype).tiny)
+        variance += SHRINKAGE * variance.mean(dim=1, keepdim=True).clamp(min=MIN_VARIANCE)
         identity = torch.eye(covariance.shape[-1], device=covariance.device).expand_as(covariance)
         self.whitening = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), identity, upper=False)
 

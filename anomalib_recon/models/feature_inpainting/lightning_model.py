@@ -91,7 +91,6 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
 
     network = FeatureInpaintingModel
     free_arguments = ("top_fraction",)
-    first_own_weight = "model.whitening.matrix"
 
     def __init__(
         self,

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from anomalib_recon.layers import (
     FeatureCovariance,
     FeatureScale,
-    Whitening,
+    PrincipalWhitening,
     check_finite,
     check_whole,
     create_dense_features,
@@ -115,7 +115,7 @@ class FeatureInpaintingModel(nn.Module):
             )
             raise ValueError(msg)
         self.scale = FeatureScale(self.backbone.layer_channels, by="stage")
-        self.whitening = Whitening(num_channels)
+        self.whitening = PrincipalWhitening(num_channels)
         self.register_buffer("place_mean", torch.zeros(num_channels, *grid_size))
         self.regression = ContextRegression(
             num_channels,

@@ -117,7 +117,6 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
     network = PatchAEModel
     free_arguments = ("trained_stages", "sigma", "vectors_per_chunk")
     comparison_layers = 1  # the whitening
-    first_own_weight = "model.project.0.weight"
 
     def __init__(
         self,

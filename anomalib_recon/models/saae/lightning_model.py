@@ -109,7 +109,6 @@ class SAAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
     network = SAAEModel
     default_image_size = DEFAULT_IMAGE_SIZE
     free_arguments = ("latent_dim",)
-    first_own_weight = "model.autoencoder.conv_encoder.0.0.weight"
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from anomalib_recon.models.export import backbone_operations, comparison_operations
+from anomalib_recon.models.export import backbone_operations, comparison_operations, layers_behind_backbone
 
 
 class Reconstruction(nn.Module):
@@ -63,6 +63,9 @@ def test_the_backbone_ends_at_its_last_layer(tmp_path: Path) -> None:
     assert kinds["Convolution"] == 3
     assert found["Convolution"] == 2
     assert found["Relu"] == 1
+    [reduce] = layers_behind_backbone(model)
+    assert reduce not in names
+    assert next(node for node in model.get_ops() if node.get_friendly_name() == reduce).shape == [1, 4, 8, 8]
 
 
 def test_a_graph_without_a_backbone_has_none() -> None:

@@ -2,6 +2,7 @@
 
 """Export to ONNX in the operator set in which the graph is made, and to int8 without losing the scores."""
 
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from anomalib.data import AnomalibDataModule
+from anomalib.deploy import CompressionType
 
 if TYPE_CHECKING:
     import openvino
+
+logger = logging.getLogger(__name__)
 
 OPSET_VERSION = 18
 # what an OpenVINO model computes nothing by: what is behind them is no part of the comparison
@@ -31,10 +35,14 @@ class CurrentOpsetExport:
     features, in floating point. anomalib would quantise it, too, to the range that it has for the images it calibrates
     with: with good images alone, it cuts off what is anomalous. A backbone stays in floating point, too: its channels
     differ in range, and would share one.
+    The layer behind the backbone stays so, too, if features are brought to one scale there: converters join the scale
+    with its weights, which then differ as much as the features did, and share the 8 bits of a row.
     """
 
     # layers with weights that are part of the comparison
     comparison_layers = 0
+    # whether the layer behind the backbone brings features to one scale
+    scales_features = False
 
     def to_onnx(
         self,
@@ -58,9 +66,16 @@ class CurrentOpsetExport:
         with torch.no_grad():  # of a loop with weights, the exporter would ask for the graph of its gradient
             return super().to_onnx(export_root, model_file_name, input_size, **arguments)  # type: ignore[misc]
 
-    def _compress_ov_model(self, model: "openvino.Model", *args: Any, **kwargs: Any) -> "openvino.Model":
+    def _compress_ov_model(
+        self, model: "openvino.Model", compression_type: CompressionType | None = None, *args: Any, **kwargs: Any
+    ) -> "openvino.Model":
         """Compress a copy, in which the graph and the bodies of its loops share no constants: nncf would stumble."""
-        return super()._compress_ov_model(model.clone(), *args, **kwargs)  # type: ignore[misc]
+        model = model.clone()
+        if compression_type == CompressionType.INT8 and self.scales_features:
+            import nncf  # noqa: PLC0415  # slow, and only needed here
+
+            return nncf.compress_weights(model, ignored_scope=nncf.IgnoredScope(names=layers_behind_backbone(model)))
+        return super()._compress_ov_model(model, compression_type, *args, **kwargs)  # type: ignore[misc]
 
     def _post_training_quantization_ov(
         self, model: "openvino.Model", datamodule: AnomalibDataModule | None = None
@@ -74,6 +89,11 @@ class CurrentOpsetExport:
         datamodule.setup("fit")
         images = nncf.Dataset(datamodule.val_dataloader(), lambda batch: batch.image)
         floating = {*backbone_operations(model), *comparison_operations(model, self.comparison_layers)}
+        if self.scales_features:
+            floating |= set(layers_behind_backbone(model))
+        if all(node.get_friendly_name() in floating for node in model.get_ops() if _has_weights(node)):
+            logger.warning("int8_ptq leaves all layers in floating point; weights are compressed, as by int8.")
+            return self._compress_ov_model(model, CompressionType.INT8)
         quantized = nncf.quantize(model, images, ignored_scope=nncf.IgnoredScope(names=sorted(floating)))
         for loop in _loops(quantized):
             if loop.get_friendly_name() not in floating:
@@ -107,6 +127,27 @@ def backbone_operations(model: "openvino.Model") -> list[str]:
     parameters = [node for node in model.get_ops() if node.get_friendly_name().startswith(BACKBONE)]
     users = [value.get_node().output(0) for node in parameters for value in node.output(0).get_target_inputs()]
     return _upstream(users, math.inf)
+
+
+def layers_behind_backbone(model: "openvino.Model") -> list[str]:
+    """Name the first layers with weights behind the backbone of an OpenVINO model.
+
+    Args:
+        model (openvino.Model): The model, exported from ONNX.
+
+    Returns:
+        list[str]: Names of the operations.
+    """
+    seen = set(backbone_operations(model))
+    waiting = [node for node in model.get_ops() if node.get_friendly_name() in seen]
+    found: list[openvino.Node] = []
+    while waiting:
+        for value in (value for output in waiting.pop().outputs() for value in output.get_target_inputs()):
+            node, name = value.get_node(), value.get_node().get_friendly_name()
+            if name not in seen:
+                seen.add(name)
+                (found if _has_weights(node) else waiting).append(node)
+    return sorted(node.get_friendly_name() for node in found)
 
 
 def _loops(model: "openvino.Model") -> list[Any]:

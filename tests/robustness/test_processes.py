@@ -99,7 +99,10 @@ def data(kind: type[MVTecAD], root: Path, run: str) -> MVTecAD:
 
 
 def train(model: AnomalibModule, datamodule: MVTecAD, folder: Path, **trainer) -> None:
-    engine = engine_in(folder / "results", max_epochs=EPOCHS, callbacks=[Write(folder)], **trainer)
+    # processes that make the same versioned folder at the same moment may fail in anomalib
+    engine = engine_in(
+        folder / f"results{os.environ.get('LOCAL_RANK', '0')}", max_epochs=EPOCHS, callbacks=[Write(folder)], **trainer
+    )
     engine.train(model, datamodule=datamodule)
 
 

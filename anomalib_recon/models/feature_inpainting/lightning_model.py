@@ -91,6 +91,7 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
 
     network = FeatureInpaintingModel
     free_arguments = ("top_fraction",)
+    scales_features = True
 
     def __init__(
         self,

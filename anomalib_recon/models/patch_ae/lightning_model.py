@@ -116,7 +116,8 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
 
     network = PatchAEModel
     free_arguments = ("trained_stages", "sigma", "vectors_per_chunk")
-    comparison_layers = 1  # the whitening
+    comparison_layers = 3  # the search, the whitening, and what it enlarges the errors of
+    scales_features = True
 
     def __init__(
         self,

@@ -211,8 +211,13 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
             )
             raise ValueError(msg)
 
-    def initialize(self) -> None:
-        """Set weights that training starts from; called before features are computed, if no training is resumed."""
+    def initialize(self) -> bool:
+        """Load weights that training starts from; called at its start, if there is a cache and none is resumed.
+
+        Returns:
+            bool: Whether it did, so that features are to be computed by them.
+        """
+        return False
 
     def start_features(self, batch: Batch) -> Tensor:
         """Compute what :meth:`start` needs of a batch of pre-processed images; by default ``embed`` does."""

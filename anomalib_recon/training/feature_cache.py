@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from anomalib.data import AnomalibDataModule, AnomalibDataset
@@ -75,7 +75,7 @@ class FeatureCache(Callback):
         self._parts: list[_Part] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Initialize the model, fill the cache, and let the model look at the features.
+        """Fill the cache, and let the model look at the features.
 
         Lightning restores the checkpoint of a resumed run after this, the backbone included.
         """
@@ -83,17 +83,17 @@ class FeatureCache(Callback):
             return
         module: Any = pl_module
         datamodule: Any = getattr(trainer, "datamodule", None)
-        module.initialize()
         self._prepare(trainer, module, datamodule)
         if datamodule is not None:
             module.start(_NormalFeatures(lambda: self._normal_features(trainer, module, datamodule.train_data)))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the trainer load places in the cache instead of images; a resumed run fills the cache now.
+        """Let the trainer load places in the cache instead of images.
 
-        What its model has seen in the features is in the checkpoint.
+        A resumed run and a model with weights from elsewhere fill the cache now; what their model has seen in the
+        features comes with these.
         """
-        if trainer.ckpt_path is not None:
+        if trainer.ckpt_path is not None or cast("Any", pl_module).initialize():
             self._prepare(trainer, pl_module, getattr(trainer, "datamodule", None))
         if not self._parts:
             return

@@ -26,7 +26,7 @@ def assert_equal(result: dict[str, np.ndarray], expected: dict[str, np.ndarray],
     for name, scores in (("pred_label", "pred_score"), ("pred_mask", "anomaly_map")):
         clear = np.abs(expected[scores] - 0.5) > bound  # from the threshold, which is the score of an image
         same = result[name].reshape(expected[name].shape) == expected[name]
-        assert clear.mean() > 0.9
+        assert clear.mean() > 0.8  # the threshold is the score of an image
         assert same.reshape(clear.shape)[clear].all(), name
 
 

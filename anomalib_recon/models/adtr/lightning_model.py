@@ -188,14 +188,18 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
         return [optimizer], [torch.optim.lr_scheduler.MultiStepLR(optimizer, [self.lr_drop_epoch])]
 
-    def initialize(self) -> None:
+    def initialize(self) -> bool:
         """Start ADTR+ from an ADTR.
+
+        Returns:
+            bool: Whether it is ADTR+.
 
         Raises:
             ValueError: If ``normal_checkpoint`` is not the checkpoint of an ADTR with the same network.
         """
         if self.labels:
             self._load_normal_checkpoint()
+        return self.labels is not None
 
     def training_inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """Compute what the loss needs of a training batch.

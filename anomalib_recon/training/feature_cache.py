@@ -93,7 +93,8 @@ class FeatureCache(Callback):
         A resumed run and a model with weights from elsewhere fill the cache now; what their model has seen in the
         features comes with these.
         """
-        if trainer.ckpt_path is not None or cast("Any", pl_module).initialize():
+        is_resumed = trainer.ckpt_path is not None
+        if is_resumed or (cast("Any", pl_module).initialize() and self._parts):
             self._prepare(trainer, pl_module, getattr(trainer, "datamodule", None))
         if not self._parts:
             return

@@ -7,6 +7,7 @@ from .backbone import BackboneNormalize, FrozenBackbone, create_backbone, stage_
 from .covariance import FeatureCovariance
 from .dense_features import create_dense_features, vision_transformer_blocks
 from .feature_scale import FeatureScale, ScaleBy
+from .residual_distance import ResidualDistance
 from .resize import AntialiasResize
 from .whitening import PrincipalWhitening, Whitening
 
@@ -17,6 +18,7 @@ __all__ = [
     "FeatureScale",
     "FrozenBackbone",
     "PrincipalWhitening",
+    "ResidualDistance",
     "ScaleBy",
     "Whitening",
     "check_finite",

@@ -17,7 +17,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-ScaleBy = Literal["none", "stage", "channel"]
+from .covariance import FeatureCovariance
+from .whitening import PrincipalWhitening
+
+ScaleBy = Literal["none", "stage", "channel", "whiten"]
 
 # share of a stage's mean variance that is added to that of each channel: one that is nearly constant is not blown up
 SHRINKAGE = 0.01
@@ -31,8 +34,8 @@ class FeatureScale(nn.Module):
     Args:
         num_channels (Sequence[int]): Channels of each stage, C in all.
         by (ScaleBy): Divide by the standard deviation of each channel, ``"channel"``, or by one for all channels of a
-            stage, ``"stage"``, so that all stages count alike and relations between channels stay. ``"none"`` changes
-            nothing.
+            stage, ``"stage"``, so that all stages count alike and relations between channels stay. ``"whiten"`` turns
+            that into principal components of unit variance, the largest first. ``"none"`` changes nothing.
 
     Raises:
         ValueError: If ``by`` is none of these.
@@ -43,16 +46,18 @@ class FeatureScale(nn.Module):
 
     def __init__(self, num_channels: Sequence[int], by: ScaleBy) -> None:
         super().__init__()
-        if by not in {"none", "stage", "channel"}:
-            msg = f"feature_scale must be 'none', 'stage' or 'channel', got {by!r}."
+        if by not in {"none", "stage", "channel", "whiten"}:
+            msg = f"feature_scale must be 'none', 'stage', 'channel' or 'whiten', got {by!r}."
             raise ValueError(msg)
         self.num_channels = list(num_channels)
         self.by = by
-        self.register_buffer("mean", torch.zeros(sum(num_channels), 1, 1))
-        self.register_buffer("std", torch.ones(sum(num_channels), 1, 1))
+        is_fitted = by != "none"  # otherwise a checkpoint needs neither
+        self.register_buffer("mean", torch.zeros(sum(num_channels), 1, 1), persistent=is_fitted)
+        self.register_buffer("std", torch.ones(sum(num_channels), 1, 1), persistent=is_fitted)
+        self.whitening = PrincipalWhitening(sum(num_channels)) if by == "whiten" else None
 
     def fit(self, features: Iterable[Tensor]) -> None:
-        """Set mean and standard deviation, exactly, in one pass.
+        """Set mean and standard deviation, exactly, in one pass; ``"whiten"`` needs a second one.
 
         Args:
             features (Iterable[Tensor]): Features of normal images in batches of shape ``(b, C, h, w)``.
@@ -73,12 +78,24 @@ class FeatureScale(nn.Module):
         stages = [self._stage_variance(stage) for stage in variance.split(self.num_channels)]
         self.mean = (mean.to(self.mean) + origin[:, 0].to(self.mean))[:, None, None]
         self.std = torch.cat(stages).sqrt().to(self.std)[:, None, None]
+        if self.whitening is not None:
+            sums = FeatureCovariance(len(mean))
+            for batch in features:
+                sums.update(self.standardize(batch))
+            self.whitening.set(sums)
 
     def _stage_variance(self, variance: Tensor) -> Tensor:
         """The variance to divide by, of the channels of a stage, ``(C_i,) -> (C_i,)``."""
         mean = variance.mean().clamp(min=MIN_VARIANCE)
-        return mean.expand_as(variance) if self.by == "stage" else variance + SHRINKAGE * mean
+        return variance + SHRINKAGE * mean if self.by == "channel" else mean.expand_as(variance)
+
+    def standardize(self, features: Tensor) -> Tensor:
+        """Subtract the mean and divide by the standard deviation, without whitening, ``(B, C, h, w)``."""
+        return features if self.by == "none" else (features - self.mean) / self.std
 
     def forward(self, features: Tensor) -> Tensor:
         """Scale features of shape ``(B, C, h, w)``."""
-        return features if self.by == "none" else (features - self.mean) / self.std
+        if self.whitening is None:
+            return self.standardize(features)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.whitening(self.standardize(features.float()))

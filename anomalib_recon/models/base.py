@@ -13,7 +13,7 @@ a whole model.
 """
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -41,6 +41,7 @@ from anomalib_recon.training import (
     FiniteLoss,
     RandomState,
     ReadableImages,
+    evaluation,
     refuse_other_networks,
 )
 from anomalib_recon.visualization import ReconstructionVisualizer
@@ -231,8 +232,24 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
                 iterated more than once.
         """
 
+    def targets(self, features: Tensor) -> Tensor:
+        """Turn what :meth:`start_features` computes into what is rebuilt; by default it is that."""
+        return features
+
     def finish(self) -> None:
         """Compute what scoring needs beyond the trained weights, when training ends."""
+
+    def residuals(self) -> Iterator[Tensor]:
+        """Compare the features of the normal training images with their reconstruction.
+
+        Yields:
+            Tensor: Residuals of shape ``(b, ...)``.
+        """
+        for features in cast("FeatureCache", self.feature_cache).normal_features(self.trainer, self):
+            with evaluation(self):
+                target = self.targets(features)
+                residual = target - self.model.reconstruct(target)
+            yield residual
 
     def training_inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """Compute what the loss needs of a training batch and what stays the same in all epochs.
@@ -241,7 +258,8 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
             batch (Batch): Batch of B pre-processed images.
 
         Returns:
-            tuple[Tensor, ...]: The target of the reconstruction, and further arguments of the loss, each ``(B, ...)``.
+            tuple[Tensor, ...]: What :meth:`start_features` computes, and further arguments of the loss, each
+                ``(B, ...)``.
         """
         return (self.start_features(batch),)
 
@@ -261,6 +279,7 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
             target, *others = cast("FeatureCache", self.feature_cache).read(batch)
         else:
             target, *others = self.training_inputs(batch)
+        target = self.targets(target)
         loss = self.loss(target, self.model.reconstruct(target), *others)
         self.log("train_loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(target))
         return loss

@@ -7,7 +7,8 @@ from .end_of_fit import EndOfFit
 from .feature_cache import FeatureBatch, FeatureCache
 from .guards import FiniteLoss, ReadableImages
 from .held_out import HeldOutImages
-from .images import check_training_files, map_images, normal_images, own_share, score_images
+from .images import check_training_files, evaluation, map_images, normal_images, own_share, score_images
+from .schedule import one_cycle
 
 __all__ = [
     "EndOfFit",
@@ -18,9 +19,11 @@ __all__ = [
     "RandomState",
     "ReadableImages",
     "check_training_files",
+    "evaluation",
     "load_checkpoint",
     "map_images",
     "normal_images",
+    "one_cycle",
     "own_share",
     "refuse_other_networks",
     "score_images",

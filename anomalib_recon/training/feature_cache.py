@@ -9,7 +9,7 @@ backbone, image size or data can ever be read; a resumed run computes anew. Each
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -85,7 +85,7 @@ class FeatureCache(Callback):
         datamodule: Any = getattr(trainer, "datamodule", None)
         self._prepare(trainer, module, datamodule)
         if datamodule is not None:
-            module.start(_NormalFeatures(lambda: self._normal_features(trainer, module, datamodule.train_data)))
+            module.start(self.normal_features(trainer, module))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the trainer load places in the cache instead of images.
@@ -133,6 +133,19 @@ class FeatureCache(Callback):
                 next call returns.
         """
         return tuple(part.read(batch.index) for part in self._parts)
+
+    def normal_features(self, trainer: Trainer, module: Any) -> Iterable[Tensor]:
+        """Features of the normal training images, from memory if they are kept.
+
+        Args:
+            trainer (Trainer): Trainer that is fitting the model.
+            module (Any): The model, whose ``start_features`` they are.
+
+        Returns:
+            Iterable[Tensor]: Batches of shape ``(b, ...)``, which share memory; can be iterated more than once.
+        """
+        dataset: AnomalibDataset = trainer.datamodule.train_data  # type: ignore[attr-defined]
+        return _NormalFeatures(lambda: self._normal_features(trainer, module, dataset))
 
     def _prepare(self, trainer: Trainer, module: Any, datamodule: Any) -> None:
         obstacle = self._obstacle or _find_obstacle(trainer, datamodule, module)

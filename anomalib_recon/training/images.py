@@ -3,6 +3,7 @@
 """The images of a fit: which are normal, whether they can be read, and one pass over them."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -12,6 +13,7 @@ from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.data.utils import LabelName
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Callback, Trainer
+from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize, Transform
 
@@ -64,6 +66,19 @@ def own_share(trainer: Trainer, dataset: AnomalibDataset) -> AnomalibDataset:
     return dataset.subsample(range(trainer.global_rank, len(dataset), trainer.world_size))
 
 
+@contextmanager
+def evaluation(module: nn.Module) -> Iterator[None]:
+    """Have a module in evaluation mode, without gradients, and leave it as it was."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
 def map_images(
     trainer: Trainer, module: AnomalibModule, dataset: AnomalibDataset, compute: Callable[[ImageBatch], Result]
 ) -> Iterator[Result]:
@@ -93,14 +108,10 @@ def map_images(
     )
     for index, loaded in enumerate(loader):
         batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(loaded))
-        modes = {part: part.training for part in module.modules()}
-        module.eval()
         if isinstance(module.pre_processor, Callback):
             module.pre_processor.on_test_batch_start(trainer, module, batch, index)
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
+        with evaluation(module), trainer.precision_plugin.forward_context():
             result = compute(batch)
-        for part, mode in modes.items():
-            part.training = mode
         yield result
 
 

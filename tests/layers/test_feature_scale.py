@@ -90,11 +90,23 @@ def test_a_nearly_constant_channel_is_not_blown_up() -> None:
 
 def test_before_the_fit_and_without_a_scale_nothing_changes() -> None:
     features = draw_features(5.0)
-    for by in ("stage", "channel"):
-        assert torch.equal(FeatureScale(STAGES, by)(features), features)
+    for by in ("stage", "channel", "whiten"):
+        torch.testing.assert_close(FeatureScale(STAGES, by)(features), features)
     scale = FeatureScale(STAGES, "none")
     scale.fit([features])
     assert torch.equal(scale(features), features)
+
+
+def test_whitened_features_are_uncorrelated_components_of_scaled_stages() -> None:
+    features = draw_features(5.0)
+    scale, stages = FeatureScale(STAGES, "whiten"), FeatureScale(STAGES, "stage")
+    scale.fit(features.split([5, 5, 2]))
+    stages.fit([features])
+    vectors = scale(features).movedim(1, -1).flatten(0, 2).double()
+    torch.testing.assert_close(scale.standardize(features), stages(features))
+    variances = np.linalg.eigvalsh(np.cov(stages(features).movedim(1, -1).flatten(0, 2).double().numpy().T, bias=True))
+    expected = variances[::-1] / (variances[::-1] + SHRINKAGE * variances.mean())
+    np.testing.assert_allclose(np.cov(vectors.numpy().T, bias=True), np.diag(expected), atol=1e-4)
 
 
 def test_statistics_come_with_a_state_dict() -> None:
@@ -116,5 +128,5 @@ def test_no_double_precision_is_needed_where_the_features_are(by: ScaleBy) -> No
 
 
 def test_another_scale_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^feature_scale must be 'none', 'stage' or 'channel', got 'image'"):
+    with pytest.raises(ValueError, match=r"^feature_scale must be 'none', 'stage', 'channel' or 'whiten', got 'image'"):
         FeatureScale(STAGES, "image")

@@ -169,7 +169,7 @@ def test_without_a_latent_width_there_is_no_autoencoder() -> None:
         ({"latent_dim": 0}, "latent_dim must be at least 1, got 0"),
         ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
         ({"patch_size": 3}, "patch_size must divide the feature map of 8 x 8 cells, got 3"),
-        ({"distance": "l1"}, "distance must be 'norm' or 'mse', got 'l1'"),
+        ({"distance": "l1"}, "distance must be 'norm', 'mse' or 'mahalanobis', got 'l1'"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict, words: str) -> None:

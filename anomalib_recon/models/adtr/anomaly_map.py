@@ -2,9 +2,15 @@
 
 """ADTR's anomaly map and score (section 3.1, "Inference")."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from anomalib_recon.layers import ResidualDistance
+
+Distance = Literal["norm", "mahalanobis"]
 
 
 class AnomalyMapGenerator(nn.Module):
@@ -13,15 +19,20 @@ class AnomalyMapGenerator(nn.Module):
     Args:
         image_size (tuple[int, int]): Height H and width W of the images, in pixels.
         pool_size (int): Side of the window, in pixels, over which the map is averaged for the score.
+        mahalanobis (ResidualDistance | None): What measures the difference, instead of the L2 norm.
+            Defaults to ``None``.
     """
 
-    def __init__(self, image_size: tuple[int, int], pool_size: int) -> None:
+    def __init__(
+        self, image_size: tuple[int, int], pool_size: int, mahalanobis: ResidualDistance | None = None
+    ) -> None:
         super().__init__()
         self.image_size = image_size
         self.pool_size = pool_size
+        self.mahalanobis = mahalanobis
 
     def forward(self, features: Tensor, reconstruction: Tensor) -> Tensor:
-        """Compute s(u), the L2 norm of the feature difference vector (eqs. 2 and 3), at the size of the images.
+        """Compute s(u), the length of the feature difference vector (eqs. 2 and 3), at the size of the images.
 
         Args:
             features (Tensor): Features f of shape ``(B, C, h, w)``.
@@ -30,9 +41,12 @@ class AnomalyMapGenerator(nn.Module):
         Returns:
             Tensor: Map of shape ``(B, 1, H, W)``, not negative.
         """
-        with torch.autocast(features.device.type, enabled=False):
-            norm = torch.linalg.vector_norm(features.float() - reconstruction.float(), dim=1, keepdim=True)
-        return functional.interpolate(norm, size=self.image_size, mode="bilinear", align_corners=False)
+        if self.mahalanobis is not None:
+            lengths = self.mahalanobis(features, reconstruction)
+        else:
+            with torch.autocast(features.device.type, enabled=False):
+                lengths = torch.linalg.vector_norm(features.float() - reconstruction.float(), dim=1, keepdim=True)
+        return functional.interpolate(lengths, size=self.image_size, mode="bilinear", align_corners=False)
 
     def score(self, anomaly_map: Tensor) -> Tensor:
         """Take the maximum of the averagely pooled map.

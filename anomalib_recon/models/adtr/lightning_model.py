@@ -16,7 +16,7 @@ See Also:
     :class:`anomalib_recon.models.adtr.torch_model.ADTRModel`: the network, usable alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, cast
 
@@ -29,12 +29,14 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.utils.config import to_tuple
 from anomalib.visualization import Visualizer
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from anomalib_recon.layers import check_finite, check_positive, check_whole
+from anomalib_recon.layers import ScaleBy, check_finite, check_positive, check_whole
 from anomalib_recon.models.base import ReconstructionModule
-from anomalib_recon.training import FeatureCache, load_checkpoint
+from anomalib_recon.training import FeatureCache, load_checkpoint, one_cycle
 
+from .anomaly_map import Distance
 from .confetti import ConfettiNoise
 from .loss import ImageLoss, NormalLoss, PixelLoss
 from .torch_model import ADTRModel
@@ -83,6 +85,12 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
             Defaults to ``"multihead"``.
         pool_size (int): Side of the window, in pixels, over which the map is averaged for the image's score.
             Defaults to ``16``.
+        feature_scale (Literal["none", "stage", "channel", "whiten"]): Bring features to one scale: that of each stage
+            or channel, or of all principal components.
+            Defaults to ``"none"``.
+        distance (Literal["norm", "mahalanobis"]): Length of a difference of features: its L2 norm (eq. 3), or in units
+            of the residuals of normal images at that place, which are taken when training ends.
+            Defaults to ``"norm"``.
         labels (Literal["pixel", "image"] | None): Train ADTR+ with the masks (L_px) or with the labels (L_img) of
             anomalies; ``None`` trains ADTR (L_norm).
             Defaults to ``None``.
@@ -100,6 +108,8 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
             Defaults to ``1e-4``.
         lr_drop_epoch (int): Epoch after which the learning rate is a tenth.
             Defaults to ``400``.
+        use_one_cycle (bool): Let the learning rate rise from a 25th and fall to nearly 0 within the training, instead.
+            Defaults to ``False``.
         feature_cache_gib (float): Features of the training images are computed once, at the start of a fit, and kept in
             half precision, in up to so many GiB of memory a process. More, or 0, has them computed anew in each epoch,
             as confetti and augmentations do on their own: choose 0 if a callback or a dataset of yours changes training
@@ -139,6 +149,8 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         query: Literal["learned", "encoder"] = "learned",
         attention: Literal["multihead", "concat"] = "multihead",
         pool_size: int = 16,
+        feature_scale: ScaleBy = "none",
+        distance: Distance = "norm",
         labels: Literal["pixel", "image"] | None = None,
         normal_checkpoint: str | Path | None = None,
         confetti: float = 0.0,
@@ -147,6 +159,7 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         learning_rate: float = 1e-4,
         weight_decay: float = 1e-4,
         lr_drop_epoch: int = 400,
+        use_one_cycle: bool = False,
         feature_cache_gib: float = 2.0,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
@@ -180,12 +193,16 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.lr_drop_epoch = lr_drop_epoch
+        self.use_one_cycle = use_one_cycle
+        self.scales_features = feature_scale != "none"
         self.feature_cache = FeatureCache(feature_cache_gib, "confetti is drawn on images" if confetti else None)
 
-    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LRScheduler]]:
-        """AdamW, and a tenth of the learning rate after ``lr_drop_epoch`` epochs (section 4.2)."""
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW, and a tenth of the learning rate after ``lr_drop_epoch`` epochs (section 4.2), or one cycle."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
+        if self.use_one_cycle:
+            return one_cycle(optimizer, self)  # type: ignore[return-value]
         return [optimizer], [torch.optim.lr_scheduler.MultiStepLR(optimizer, [self.lr_drop_epoch])]
 
     def initialize(self) -> bool:
@@ -201,6 +218,28 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
             self._load_normal_checkpoint()
         return self.labels is not None
 
+    def start_features(self, batch: Batch) -> Tensor:
+        """Features of a batch of images, before they are scaled."""
+        return self.model.extract(cast("Tensor", batch.image))
+
+    def start(self, features: Iterable[Tensor]) -> None:
+        """Take the scale of the features of the normal training images, unless ADTR+ has that of its ADTR.
+
+        Args:
+            features (Iterable[Tensor]): Features of shape ``(b, C, h, w)``.
+        """
+        if not self.labels:
+            self.model.scale.fit(features)
+
+    def targets(self, features: Tensor) -> Tensor:
+        """Scale features of shape ``(B, C, h, w)``."""
+        return self.model.scale(features)
+
+    def finish(self) -> None:
+        """Measure the residuals of the normal training images, if distances are in their units."""
+        if (distance := self.model.anomaly_map_generator.mahalanobis) is not None:
+            distance.fit(self.residuals())
+
     def training_inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """Compute what the loss needs of a training batch.
 
@@ -213,7 +252,7 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         """
         images, masks, labels = self._anomalies(batch)
         targets = {None: (), "pixel": (masks,), "image": (labels,)}[self.labels]
-        return self.model.embed(images), *targets
+        return self.model.extract(images), *targets
 
     def _anomalies(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, 3, H, W), masks (B, H, W) and labels (B,) of a batch, confetti included."""

@@ -24,9 +24,18 @@ from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from anomalib_recon.layers import AntialiasResize, FrozenBackbone, check_finite, check_whole, stage_strides
+from anomalib_recon.layers import (
+    AntialiasResize,
+    FeatureScale,
+    FrozenBackbone,
+    ResidualDistance,
+    ScaleBy,
+    check_finite,
+    check_whole,
+    stage_strides,
+)
 
-from .anomaly_map import AnomalyMapGenerator
+from .anomaly_map import AnomalyMapGenerator, Distance
 
 DEFAULT_STRIDE = 16
 
@@ -182,6 +191,12 @@ class ADTRModel(nn.Module):
             Defaults to ``"multihead"``.
         pool_size (int): Side of the window, in pixels, over which the map is averaged for the image's score.
             Defaults to ``16``.
+        feature_scale (ScaleBy): Bring features to one scale: that of each stage
+            or channel, or of all principal components.
+            Defaults to ``"none"``.
+        distance (Distance): Length of a difference of features: its L2 norm (eq. 3), or in units
+            of the residuals of normal images at that place, which are taken when training ends.
+            Defaults to ``"norm"``.
 
     Raises:
         ValueError: If an argument is out of its range or does not fit another.
@@ -203,12 +218,18 @@ class ADTRModel(nn.Module):
         query: Literal["learned", "encoder"] = "learned",
         attention: Literal["multihead", "concat"] = "multihead",
         pool_size: int = 16,
+        feature_scale: ScaleBy = "none",
+        distance: Distance = "norm",
     ) -> None:
         super().__init__()
+        if distance not in {"norm", "mahalanobis"}:
+            msg = f"distance must be 'norm' or 'mahalanobis', got {distance!r}."
+            raise ValueError(msg)
         _check_arguments(image_size, embed_dim, depth, num_heads, mlp_dim, dropout, query, attention, pool_size)
         self.feature_size = find_feature_size(backbone, image_size, feature_size)
         self.backbone = FrozenBackbone(backbone, layers, pre_trained, backbone_weights)
         self.resize = AntialiasResize(self.feature_size)
+        self.scale = FeatureScale(self.backbone.num_channels, feature_scale)
         num_channels = sum(self.backbone.num_channels)
         self.num_tokens = math.prod(self.feature_size)
 
@@ -222,7 +243,11 @@ class ADTRModel(nn.Module):
             DecoderLayer(embed_dim, num_heads, mlp_dim, dropout, attention) for _ in range(depth)
         )
         self.recover = nn.Conv2d(embed_dim, num_channels, kernel_size=1)
-        self.anomaly_map_generator = AnomalyMapGenerator(image_size, pool_size)
+        self.anomaly_map_generator = AnomalyMapGenerator(
+            image_size,
+            pool_size,
+            ResidualDistance(num_channels, self.feature_size) if distance == "mahalanobis" else None,
+        )
         self._initialize()
 
     def _initialize(self) -> None:
@@ -236,13 +261,24 @@ class ADTRModel(nn.Module):
                 nn.init.normal_(embedding, std=0.02)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Resize the backbone's feature maps to one size and concatenate them ("Embedding").
+        """Compute features ("Embedding"), and scale them.
 
         Args:
             images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
 
         Returns:
             Tensor: Features f of shape ``(B, C, h, w)``, without gradient.
+        """
+        return self.scale(self.extract(images))
+
+    def extract(self, images: Tensor) -> Tensor:
+        """Resize the backbone's feature maps to one size and concatenate them.
+
+        Args:
+            images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
+
+        Returns:
+            Tensor: Features of shape ``(B, C, h, w)``, without gradient.
         """
         maps = self.backbone(images)
         with torch.autocast(images.device.type, enabled=False):

@@ -66,13 +66,10 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
             Defaults to ``128``.
         num_units (int): Rectified random combinations of them that let the prediction bend; 0 leaves it linear.
             Defaults to ``1024``.
-        block_size (int): Side of the blocks of cells that share a covariance of the residual, in cells; divides the
-            feature map.
-            Defaults to ``2``.
         top_fraction (float): Share of the map, from the highest value down, whose mean is the image's score.
             Defaults to ``0.01``.
         feature_cache_gib (float): Features of the training images are computed once and kept in half precision, in up
-            to so many GiB of memory. If they need more, they are computed anew in each of five passes.
+            to so many GiB of memory. If they need more, they are computed anew in each of six passes.
             Defaults to ``4.0``.
         pre_processor (PreProcessor | bool): Pre-processor; it must leave images in [0, 1].
             Defaults to ``True``.
@@ -106,7 +103,6 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
         hole_size: int = 1,
         rank: int = 128,
         num_units: int = 1024,
-        block_size: int = 2,
         top_fraction: float = 0.01,
         feature_cache_gib: float = 4.0,
         pre_processor: PreProcessor | bool = True,
@@ -134,6 +130,10 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
         """
         self.model.fit(features)
 
+    def targets(self, features: Tensor) -> Tensor:
+        """Whiten what the backbone makes of images, ``(B, C, h, w)``."""
+        return self.model.scale(features)
+
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Log what the prediction misses; nothing is left to train.
 
@@ -148,8 +148,8 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
         del args, kwargs
         cache = cast("FeatureCache", self.feature_cache)
         (features,) = cache.read(batch) if isinstance(batch, FeatureBatch) else self.training_inputs(batch)
-        whitened = self.model.whiten(features)
-        loss = self.loss(whitened, self.model.reconstruct(whitened))
+        target = self.targets(features)
+        loss = self.loss(target, self.model.reconstruct(target))
         self.log("train_loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(features))
         return loss.detach().requires_grad_()
 

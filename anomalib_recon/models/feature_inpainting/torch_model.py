@@ -27,9 +27,7 @@ from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 
 from anomalib_recon.layers import (
-    FeatureCovariance,
     FeatureScale,
-    PrincipalWhitening,
     check_finite,
     check_whole,
     create_dense_features,
@@ -73,8 +71,6 @@ class FeatureInpaintingModel(nn.Module):
             Defaults to ``128``.
         num_units (int): Rectified random combinations of them that let the prediction bend; 0 leaves it linear.
             Defaults to ``1024``.
-        block_size (int): Side of the blocks of cells that share a covariance of the residual, in cells.
-            Defaults to ``2``.
         top_fraction (float): Share of the map, from the highest value down, whose mean is the image's score.
             Defaults to ``0.01``.
 
@@ -97,25 +93,17 @@ class FeatureInpaintingModel(nn.Module):
         hole_size: int = 1,
         rank: int = 128,
         num_units: int = 1024,
-        block_size: int = 2,
         top_fraction: float = 0.01,
     ) -> None:
         super().__init__()
-        _check_arguments(context_dim, window_size, hole_size, rank, num_units, block_size, top_fraction)
+        _check_arguments(context_dim, window_size, hole_size, rank, num_units, top_fraction)
         self.image_size = image_size
         self.backbone = create_dense_features(
             backbone, _default_layers(backbone) if layers is None else layers, image_size, feature_stride, pre_trained,
             backbone_weights,
         )  # fmt: skip
         num_channels, grid_size = self.backbone.num_channels, self.backbone.grid_size
-        if any(side % block_size for side in grid_size):
-            msg = (
-                f"block_size must divide the feature map of {grid_size[0]} x {grid_size[1]} cells, got {block_size}; "
-                "choose 1, or another image_size."
-            )
-            raise ValueError(msg)
-        self.scale = FeatureScale(self.backbone.layer_channels, by="stage")
-        self.whitening = PrincipalWhitening(num_channels)
+        self.scale = FeatureScale(self.backbone.layer_channels, by="whiten")
         self.register_buffer("place_mean", torch.zeros(num_channels, *grid_size))
         self.regression = ContextRegression(
             num_channels,
@@ -125,7 +113,7 @@ class FeatureInpaintingModel(nn.Module):
             min(rank, num_channels),
             num_units,
         )
-        self.anomaly_map_generator = AnomalyMapGenerator(num_channels, grid_size, image_size, block_size, top_fraction)
+        self.anomaly_map_generator = AnomalyMapGenerator(num_channels, grid_size, image_size, top_fraction)
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score images of shape ``(B, 3, H, W)`` with values in [0, 1]; see :meth:`compare`."""
@@ -150,12 +138,7 @@ class FeatureInpaintingModel(nn.Module):
                 f"{tuple(images.shape)}; resize them or build the model with their image_size."
             )
             raise ValueError(msg)
-        return self.whiten(self.backbone(images))
-
-    def whiten(self, features: Tensor) -> Tensor:
-        """Turn what the backbone makes of images, ``(B, C, h, w)``, into what :meth:`embed` returns."""
-        with torch.autocast(features.device.type, enabled=False):
-            return self.whitening(self.scale(features.float()))
+        return self.scale(self.backbone(images))
 
     def reconstruct(self, features: Tensor) -> Tensor:
         """Predict each cell from those around it.
@@ -188,20 +171,17 @@ class FeatureInpaintingModel(nn.Module):
 
         Args:
             features (Iterable[Tensor]): What the backbone makes of the images, in batches of shape ``(b, C, h, w)``.
-                Iterated five times.
+                Iterated six times.
         """
         self.scale.fit(features)
-        sums, total, count = FeatureCovariance(len(self.place_mean)), torch.zeros_like(self.place_mean), 0
+        total, count = torch.zeros_like(self.place_mean), 0
         for batch in features:
-            scaled = self.scale(batch)
-            sums.update(scaled)
-            total += scaled.sum(dim=0)
+            total += self.scale(batch).sum(dim=0)
             count += len(batch)
-        self.whitening.set(sums)
-        self.place_mean.copy_(self.whitening(total[None] / count)[0])
+        self.place_mean.copy_(total / count)
         centred = _Centred(self, features)
         self.regression.fit(centred)
-        self.anomaly_map_generator.fit(batch - self.regression(batch) for batch in centred)
+        self.anomaly_map_generator.distance.fit(batch - self.regression(batch) for batch in centred)
 
 
 class _Centred:
@@ -212,7 +192,7 @@ class _Centred:
 
     def __iter__(self) -> Iterator[Tensor]:
         for batch in self._features:
-            yield self._model.whiten(batch) - self._model.place_mean
+            yield self._model.scale(batch) - self._model.place_mean
 
 
 def _default_layers(backbone: str) -> list[str]:
@@ -223,9 +203,9 @@ def _default_layers(backbone: str) -> list[str]:
 
 
 def _check_arguments(
-    context_dim: int, window_size: int, hole_size: int, rank: int, num_units: int, block_size: int, top_fraction: float
+    context_dim: int, window_size: int, hole_size: int, rank: int, num_units: int, top_fraction: float
 ) -> None:
-    check_whole(context_dim=context_dim, window_size=window_size, hole_size=hole_size, rank=rank, block_size=block_size)
+    check_whole(context_dim=context_dim, window_size=window_size, hole_size=hole_size, rank=rank)
     check_finite(top_fraction=top_fraction)
     if isinstance(num_units, bool) or not isinstance(num_units, int) or num_units < 0:
         msg = f"num_units must be a whole number from 0, got {num_units}; 0 leaves the prediction linear."

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Distance = Literal["norm", "mse"]
+from anomalib_recon.layers import ResidualDistance
+
+Distance = Literal["norm", "mse", "mahalanobis"]
 
 
 def feature_distance(features: Tensor, reconstruction: Tensor, distance: Distance) -> Tensor:
@@ -17,17 +19,16 @@ def feature_distance(features: Tensor, reconstruction: Tensor, distance: Distanc
     Args:
         features (Tensor): Features f of shape ``(B, U, H_0, W_0)``.
         reconstruction (Tensor): Their reconstruction, of the same shape.
-        distance (Distance): ``"norm"`` for the L2 norm of the difference, ``"mse"`` for its mean square.
+        distance (Distance): ``"norm"`` for the L2 norm of the difference, or else its mean square.
 
     Returns:
         Tensor: Distances A of shape ``(B, 1, H_0, W_0)``, not negative, in fp32.
     """
     with torch.autocast(features.device.type, enabled=False):
         difference = reconstruction.float() - features.float()
-        if distance == "mse":
-            return difference.square().mean(dim=1, keepdim=True)
-        # its gradient is 0, not infinite, where the difference is 0
-        return torch.linalg.vector_norm(difference, dim=1, keepdim=True)
+        if distance == "norm":  # its gradient is 0, not infinite, where the difference is 0
+            return torch.linalg.vector_norm(difference, dim=1, keepdim=True)
+        return difference.square().mean(dim=1, keepdim=True)
 
 
 class AnomalyMapGenerator(nn.Module):
@@ -36,12 +37,17 @@ class AnomalyMapGenerator(nn.Module):
     Args:
         image_size (tuple[int, int]): Height H and width W of the images, in pixels.
         distance (Distance): ``"norm"``, as in the paper, or ``"mse"``.
+        mahalanobis (ResidualDistance | None): What measures the difference, instead.
+            Defaults to ``None``.
     """
 
-    def __init__(self, image_size: tuple[int, int], distance: Distance) -> None:
+    def __init__(
+        self, image_size: tuple[int, int], distance: Distance, mahalanobis: ResidualDistance | None = None
+    ) -> None:
         super().__init__()
         self.image_size = image_size
-        self.distance = distance
+        self.distance: Distance = distance
+        self.mahalanobis = mahalanobis
 
     def forward(self, features: Tensor, reconstruction: Tensor) -> Tensor:
         """Map the distances between features of shape ``(B, U, H_0, W_0)`` and their reconstruction.
@@ -49,5 +55,8 @@ class AnomalyMapGenerator(nn.Module):
         Returns:
             Tensor: Anomaly maps of shape ``(B, 1, H, W)``, not negative and without an upper limit.
         """
-        distances = feature_distance(features, reconstruction, self.distance)
+        if self.mahalanobis is not None:
+            distances = self.mahalanobis(features, reconstruction)
+        else:
+            distances = feature_distance(features, reconstruction, self.distance)
         return functional.interpolate(distances, size=self.image_size, mode="bilinear", align_corners=False)

@@ -19,19 +19,21 @@ See Also:
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from anomalib.data import Batch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from anomalib_recon.layers import FeatureCovariance, check_finite, check_positive
+from anomalib_recon.layers import FeatureCovariance, ScaleBy, check_finite, check_positive
 from anomalib_recon.models.base import ReconstructionModule
-from anomalib_recon.training import FeatureCache
+from anomalib_recon.training import FeatureCache, one_cycle
 
 from .anomaly_map import Distance
 from .loss import SAAELoss
@@ -81,11 +83,20 @@ class SAAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         transformer (bool): Have a transformer between the convolutions; without it the autoencoder is that of the
             ablation "w/o SAAE".
             Defaults to ``True``.
-        distance (Literal["norm", "mse"]): Compare feature vectors by the L2 norm of their difference (eqs. 2 and 3) or
-            by its mean square.
+        feature_scale (Literal["none", "stage", "channel", "whiten"]): Bring features to one scale: that of each stage
+            or channel, or of all principal components.
+            Defaults to ``"none"``.
+        distance (Literal["norm", "mse", "mahalanobis"]): Compare feature vectors by the L2 norm of their difference
+            (eqs. 2 and 3), by its mean square, or in units of the residuals of normal images at that place; these are
+            taken when training ends.
             Defaults to ``"norm"``.
+        top_fraction (float): Share of the map, from the highest value down, whose mean is the image's score; at 0 the
+            score is the maximum.
+            Defaults to ``0.0``.
         learning_rate (float): Learning rate of Adam.
             Defaults to ``1e-4``.
+        use_one_cycle (bool): Let the learning rate rise from a 25th and fall to nearly 0 within the training.
+            Defaults to ``False``.
         feature_cache_gib (float): Features of the training images are computed once, at the start of a fit, and kept in
             half precision, in up to so many GiB of memory a process. More, or 0, has them computed anew in each epoch,
             as augmentations do on their own: choose 0 if a callback or a dataset of yours changes training images at
@@ -108,7 +119,7 @@ class SAAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
 
     network = SAAEModel
     default_image_size = DEFAULT_IMAGE_SIZE
-    free_arguments = ("latent_dim",)
+    free_arguments = ("latent_dim", "top_fraction")
 
     def __init__(
         self,
@@ -125,8 +136,11 @@ class SAAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         depth: int = 1,
         mlp_ratio: int = 1,
         transformer: bool = True,
+        feature_scale: ScaleBy = "none",
         distance: Distance = "norm",
+        top_fraction: float = 0.0,
         learning_rate: float = 1e-4,
+        use_one_cycle: bool = False,
         feature_cache_gib: float = 2.0,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
@@ -143,20 +157,31 @@ class SAAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         self.loss = SAAELoss(distance)
         self.explained_variance = explained_variance
         self.learning_rate = learning_rate
+        self.use_one_cycle = use_one_cycle
+        self.scales_features = feature_scale != "none"
         self.feature_cache = FeatureCache(feature_cache_gib)
         self._given_latent_dim = latent_dim
 
+    def start_features(self, batch: Batch) -> Tensor:
+        """What the backbone makes of a batch of images, before it is scaled."""
+        return self.model.backbone(cast("Tensor", batch.image))
+
+    def targets(self, features: Tensor) -> Tensor:
+        """Scale what the backbone makes of images, ``(B, U, H_0, W_0)``."""
+        return self.model.scale(features)
+
     def start(self, features: Iterable[Tensor]) -> None:
-        """Find V from the features of all training images, unless it is given.
+        """Scale the features of all training images, and find V from them, unless it is given.
 
         Args:
             features (Iterable[Tensor]): Features of shape ``(b, U, H_0, W_0)``.
         """
+        self.model.scale.fit(features)
         if self.model.autoencoder is not None:
             return
         covariance = FeatureCovariance(self.model.backbone.num_channels)
         for batch in features:
-            covariance.update(batch)
+            covariance.update(self.model.scale.standardize(batch))
         latent_dim = covariance.num_components(self.explained_variance)
         logger.info("%d principal components hold %g of the variance.", latent_dim, self.explained_variance)
         self._build_autoencoder(latent_dim)
@@ -166,8 +191,13 @@ class SAAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         self.model.build_autoencoder(latent_dim)
         self.hparams["latent_dim"] = latent_dim
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam, as in section 4.1.
+    def finish(self) -> None:
+        """Measure the residuals of the normal training images, if distances are in their units."""
+        if (distance := self.model.anomaly_map_generator.mahalanobis) is not None:
+            distance.fit(self.residuals())
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Adam, as in section 4.1, with a constant learning rate or one cycle.
 
         Raises:
             ValueError: If there is no autoencoder, as nobody has looked for its latent width.
@@ -175,7 +205,8 @@ class SAAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         if self.model.autoencoder is None:
             msg = "latent_dim must be given when training without a datamodule; pass it, or a datamodule."
             raise ValueError(msg)
-        return torch.optim.Adam(self.model.autoencoder.parameters(), lr=self.learning_rate)
+        optimizer = torch.optim.Adam(self.model.autoencoder.parameters(), lr=self.learning_rate)
+        return one_cycle(optimizer, self) if self.use_one_cycle else optimizer  # type: ignore[return-value]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the autoencoder whose weights the checkpoint holds.

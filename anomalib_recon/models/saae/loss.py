@@ -12,10 +12,10 @@ IMAGES_PER_PART = 4
 
 
 class SAAELoss(nn.Module):
-    """Sum of the distances over the cells of an image (eq. 2), or their mean for ``"mse"``; mean over the images.
+    """Sum of the distances over the cells of an image (eq. 2), or the mean square; mean over the images.
 
     Args:
-        distance (Distance): ``"norm"``, as in the paper, or ``"mse"``.
+        distance (Distance): ``"norm"``, as in the paper; with the others, the loss is the mean square.
     """
 
     def __init__(self, distance: Distance) -> None:
@@ -26,4 +26,4 @@ class SAAELoss(nn.Module):
         """Compare features of shape ``(B, U, H_0, W_0)`` with their reconstruction; the result is a scalar."""
         parts = zip(features.split(IMAGES_PER_PART), reconstruction.split(IMAGES_PER_PART), strict=True)
         distances = torch.cat([feature_distance(*part, self.distance) for part in parts]).flatten(1)
-        return (distances.mean(dim=1) if self.distance == "mse" else distances.sum(dim=1)).mean()
+        return (distances.sum(dim=1) if self.distance == "norm" else distances.mean(dim=1)).mean()

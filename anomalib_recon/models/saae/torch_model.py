@@ -24,7 +24,14 @@ from typing import Any
 from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 
-from anomalib_recon.layers import check_whole, create_dense_features
+from anomalib_recon.layers import (
+    FeatureScale,
+    ResidualDistance,
+    ScaleBy,
+    check_finite,
+    check_whole,
+    create_dense_features,
+)
 
 from .anomaly_map import AnomalyMapGenerator, Distance
 from .autoencoder import SelfAttentionAutoencoder
@@ -68,9 +75,15 @@ class SAAEModel(nn.Module):
         transformer (bool): Have a transformer between the convolutions; without it the autoencoder is that of the
             ablation "w/o SAAE".
             Defaults to ``True``.
-        distance (Distance): Compare feature vectors by the L2 norm of their difference, ``"norm"``, or by its mean
-            square, ``"mse"``.
+        feature_scale (ScaleBy): Scale of the features; see :class:`~anomalib_recon.layers.FeatureScale`.
+            Defaults to ``"none"``.
+        distance (Distance): Compare feature vectors by the L2 norm of their difference, ``"norm"``, by its mean
+            square, ``"mse"``, or by a distance in units of normal residuals at that place, ``"mahalanobis"``; see
+            :class:`~anomalib_recon.layers.ResidualDistance`.
             Defaults to ``"norm"``.
+        top_fraction (float): Share of the map, from the highest value down, whose mean is the image's score; at 0 the
+            score is the maximum.
+            Defaults to ``0.0``.
 
     Raises:
         ValueError: If an argument is out of its range or does not fit another.
@@ -90,13 +103,19 @@ class SAAEModel(nn.Module):
         depth: int = 1,
         mlp_ratio: int = 1,
         transformer: bool = True,
+        feature_scale: ScaleBy = "none",
         distance: Distance = "norm",
+        top_fraction: float = 0.0,
     ) -> None:
         super().__init__()
         sizes = {"patch_size": patch_size, "num_heads": num_heads, "depth": depth, "mlp_ratio": mlp_ratio}
         check_whole(**sizes, latent_dim=1 if latent_dim is None else latent_dim)
-        if distance not in {"norm", "mse"}:
-            msg = f"distance must be 'norm' or 'mse', got {distance!r}."
+        check_finite(top_fraction=top_fraction)
+        if distance not in {"norm", "mse", "mahalanobis"}:
+            msg = f"distance must be 'norm', 'mse' or 'mahalanobis', got {distance!r}."
+            raise ValueError(msg)
+        if not 0 <= top_fraction <= 1:
+            msg = f"top_fraction must be from 0 to 1, got {top_fraction}."
             raise ValueError(msg)
         self.image_size = image_size
         self.backbone = create_dense_features(
@@ -106,7 +125,15 @@ class SAAEModel(nn.Module):
         if rows % patch_size or cols % patch_size:
             msg = f"patch_size must divide the feature map of {rows} x {cols} cells, got {patch_size}."
             raise ValueError(msg)
-        self.anomaly_map_generator = AnomalyMapGenerator(image_size, distance)
+        self.scale = FeatureScale(self.backbone.layer_channels, feature_scale)
+        self.top_count = max(1, round(top_fraction * image_size[0] * image_size[1]))
+        self.anomaly_map_generator = AnomalyMapGenerator(
+            image_size,
+            distance,
+            ResidualDistance(self.backbone.num_channels, self.backbone.grid_size)
+            if distance == "mahalanobis"
+            else None,
+        )
         self.autoencoder: SelfAttentionAutoencoder | None = None
         self._autoencoder_arguments: dict[str, Any] = {**sizes, "transformer": transformer}
         if latent_dim is not None:
@@ -126,7 +153,7 @@ class SAAEModel(nn.Module):
         )
 
     def embed(self, images: Tensor) -> Tensor:
-        """Compute the stacked feature maps f of the backbone (eq. 1).
+        """Compute the stacked feature maps f of the backbone (eq. 1), and scale them.
 
         Args:
             images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
@@ -143,7 +170,7 @@ class SAAEModel(nn.Module):
                 f"{tuple(images.shape)}; resize them or build the model with their image_size."
             )
             raise ValueError(msg)
-        return self.backbone(images)
+        return self.scale(self.backbone(images))
 
     def reconstruct(self, features: Tensor) -> Tensor:
         """Reconstruct features (section 3.2).
@@ -170,11 +197,15 @@ class SAAEModel(nn.Module):
             reconstruction (Tensor): Their reconstruction, of the same shape.
 
         Returns:
-            InferenceBatch: ``anomaly_map`` of shape ``(B, 1, H, W)`` and its maximum as ``pred_score`` of shape
-                ``(B,)``, both not negative and without an upper limit.
+            InferenceBatch: ``anomaly_map`` of shape ``(B, 1, H, W)`` and ``pred_score`` of shape ``(B,)``, its maximum
+                or the mean of its highest values; both not negative and without an upper limit.
         """
         anomaly_map = self.anomaly_map_generator(features, reconstruction)
-        return InferenceBatch(pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map)
+        return InferenceBatch(pred_score=self.score(anomaly_map), anomaly_map=anomaly_map)
+
+    def score(self, anomaly_map: Tensor) -> Tensor:
+        """Score maps of shape ``(B, 1, H, W)`` by their highest values, ``(B,)``."""
+        return anomaly_map.flatten(1).topk(self.top_count, dim=1).values.mean(dim=1)
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score images of shape ``(B, 3, H, W)`` with values in [0, 1]; see :meth:`compare`."""

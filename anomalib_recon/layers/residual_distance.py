@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""How far a residual is from those of normal images at its place.
+
+Example:
+    >>> import torch
+    >>> from anomalib_recon.layers import ResidualDistance
+    >>> distance = ResidualDistance(num_channels=8, grid_size=(4, 6))
+    >>> distance.fit([torch.randn(50, 8, 4, 6)])
+    >>> distance(torch.randn(2, 8, 4, 6), torch.zeros(2, 8, 4, 6)).shape
+    torch.Size([2, 1, 4, 6])
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+# cells that share a covariance: a square with this side
+BLOCK_SIZE = 2
+# examples that the covariance of all places counts for in that of a block
+PRIOR_EXAMPLES = 2000
+# share of the mean variance of the residual that is added to all variances
+SHRINKAGE = 0.01
+# least mean variance, where 1 is that of the features: of few or equal training images, nothing is left
+MIN_VARIANCE = 1e-6
+
+
+class ResidualDistance(nn.Module):
+    """Mahalanobis distance of a residual, by a covariance of the normal residuals at that place.
+
+    A block of 2 x 2 cells shares a covariance, if 2 divides the grid. It is mixed with the covariance of all blocks,
+    the more, the fewer training images there are.
+
+    Args:
+        num_channels (int): Channels C of the features.
+        grid_size (tuple[int, int]): Height h and width w of the features.
+    """
+
+    whitening: Tensor
+
+    def __init__(self, num_channels: int, grid_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.block_size = 1 if any(side % BLOCK_SIZE for side in grid_size) else BLOCK_SIZE
+        self.blocks = (grid_size[0] // self.block_size, grid_size[1] // self.block_size)
+        # for each block the map W of a residual r to unit covariance, (blocks, C, C)
+        self.register_buffer("whitening", torch.eye(num_channels).repeat(self.blocks[0] * self.blocks[1], 1, 1))
+
+    @torch.no_grad()
+    def fit(self, residuals: Iterable[Tensor]) -> None:
+        """Set the covariances.
+
+        Args:
+            residuals (Iterable[Tensor]): Residuals of normal images in batches of shape ``(b, C, h, w)``.
+        """
+        products, count = torch.zeros_like(self.whitening), 0
+        for residual in residuals:
+            examples = self._to_blocks(residual.float())
+            products += examples.mT @ examples
+            count += examples.shape[1]
+        weight = PRIOR_EXAMPLES / (PRIOR_EXAMPLES + count)
+        covariance = (1 - weight) * products / count + weight * products.mean(dim=0) / count
+        variance = covariance.diagonal(dim1=1, dim2=2)
+        variance += SHRINKAGE * variance.mean(dim=1, keepdim=True).clamp(min=MIN_VARIANCE)
+        identity = torch.eye(covariance.shape[-1], device=covariance.device).expand_as(covariance)
+        self.whitening = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), identity, upper=False)
+
+    def forward(self, features: Tensor, reconstruction: Tensor) -> Tensor:
+        """Compute the distance, over the root of the number of channels.
+
+        Args:
+            features (Tensor): Features of shape ``(B, C, h, w)``.
+            reconstruction (Tensor): What they are compared with, of the same shape.
+
+        Returns:
+            Tensor: Distances of shape ``(B, 1, h, w)``, about 1 where images are normal.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            examples = self._to_blocks(features.float() - reconstruction.float())
+            return self._from_blocks((examples @ self.whitening.mT).square().mean(dim=2).sqrt())
+
+    def _to_blocks(self, residual: Tensor) -> Tensor:
+        """Sort cells by blocks, ``(B, C, h, w) -> (blocks, B * size * size, C)``."""
+        size, (rows, columns) = self.block_size, self.blocks
+        cells = residual.reshape(-1, residual.shape[1], rows, size, columns, size)
+        return cells.permute(2, 4, 0, 3, 5, 1).reshape(rows * columns, -1, residual.shape[1])
+
+    def _from_blocks(self, values: Tensor) -> Tensor:
+        """Put values of cells at their places, ``(blocks, B * size * size) -> (B, 1, h, w)``."""
+        size, (rows, columns) = self.block_size, self.blocks
+        cells = values.reshape(rows, columns, -1, size, size).permute(2, 0, 3, 1, 4)
+        return cells.reshape(-1, 1, rows * size, columns * size)

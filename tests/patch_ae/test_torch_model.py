@@ -83,6 +83,22 @@ def test_four_last_stages_are_concatenated_on_the_grid() -> None:
     assert [stage.shape[1] for stage in stages] == [64, 128, 256, 512]
 
 
+def test_stages_are_chosen_by_name() -> None:
+    images = torch.rand(2, 3, 64, 48)
+    # in their order in the network, whatever the order of the names
+    every, chosen = (build(layers=layers).extract_stages(images) for layers in (None, ["layer3", "layer2"]))
+    assert every.shape[1] == 64 + 128 + 256 + 512
+    torch.testing.assert_close(chosen, every[:, 64 : 64 + 128 + 256])
+
+
+def test_trained_stages_count_from_the_last_chosen_one() -> None:
+    model = build(layers=["layer1", "layer2"], trained_stages=1)
+    trained = {name.split(".")[0] for name, weight in model.backbone.named_parameters() if weight.requires_grad}
+    assert trained == {"layer2"}
+    model.train().reconstruct(model.embed(torch.rand(1, 3, 64, 48))).sum().backward()
+    assert all((weight.grad is not None) == weight.requires_grad for weight in model.parameters())
+
+
 @pytest.mark.parametrize("trained_stages", range(5))
 def test_trained_stages_get_gradients_and_the_others_none(trained_stages: int) -> None:
     model = build(trained_stages=trained_stages)
@@ -162,7 +178,14 @@ def test_sigma_is_that_of_a_gaussian_on_the_map() -> None:
         ({"image_size": (8, 8)}, "image_size must hold more than one patch, got 8 x 8 and 8"),
         ({"patch_size": 0}, "patch_size must be at least 1, got 0"),
         ({"embed_dim": 0}, "embed_dim must be at least 1, got 0"),
-        ({"trained_stages": 5}, "trained_stages must be from 0 to 4, got 5"),
+        ({"trained_stages": 5}, "trained_stages must be from 0 to 4, the number of stages, got 5"),
+        (
+            {"layers": ["layer1"], "trained_stages": 2},
+            "trained_stages must be from 0 to 1, the number of stages, got 2",
+        ),
+        ({"layers": ["layer9"]}, "layers must be among act1, .*layer4, the stages of backbone='resnet18', got layer9"),
+        ({"layers": []}, "layers must be among .* got none"),
+        ({"feature_scale": "stages"}, "feature_scale must be 'none', 'stage', 'channel' or 'whiten', got 'stages'"),
         ({"score_by": "error"}, "score_by must be 'features' or 'reconstruction', got 'error'"),
         ({"sigma": -1.0}, "sigma must not be negative, got -1.0"),
         ({"vectors_per_chunk": 0}, "vectors_per_chunk must be at least 1, got 0"),

@@ -174,6 +174,8 @@ def test_saae(arguments: dict[str, Any]) -> None:
             "image_size": sizes((64, 64), (32, 96)),
             "patch_size": counts(8, 16, 32),
             "embed_dim": mostly(1, 16, None, bad=NOT_A_COUNT[:-1]),
+            "layers": mostly(None, ["act1", "layer1", "layer2", "layer3"], bad=([], ["layer9"])),
+            "feature_scale": choices("none", "stage", "channel", "whiten"),
             "trained_stages": mostly(0, 1, 4, bad=(-1, 5, 2.5, "4", None)),
             "patch_wise": st.booleans(),
             "score_by": choices("features", "reconstruction"),
@@ -231,6 +233,7 @@ WRONG: dict[type[nn.Module], tuple[dict[str, Any], dict[str, tuple[Any, ...]]]] 
         {
             "image_size": NOT_A_SIZE, "score_by": NOT_A_CHOICE, "backbone": NOT_A_CHOICE,
             "sigma": (*NOT_A_NUMBER, -1.0, 16.0), "trained_stages": (-1, 5, 2.5, "4", None),
+            "layers": ([], ["layer9"], ["layer1", "layer1.0"]), "feature_scale": NOT_A_CHOICE,
             "embed_dim": NOT_A_COUNT[:-1], **dict.fromkeys(("patch_size", "vectors_per_chunk"), NOT_A_COUNT),
         },
     ),

@@ -31,7 +31,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from anomalib_recon.layers import check_finite, check_positive
+from anomalib_recon.layers import ScaleBy, check_finite, check_positive
 from anomalib_recon.models.base import ReconstructionModule
 from anomalib_recon.training import FeatureCache, map_images, normal_images, own_share
 
@@ -49,8 +49,11 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
     itself normalises them for its backbone.
 
     Args:
-        backbone (str): CNN of timm, with or without the tag of its weights; its last four stages are used.
+        backbone (str): CNN of timm, with or without the tag of its weights.
             Defaults to ``"wide_resnet101_2"``.
+        layers (Sequence[str] | None): Stages whose features are concatenated, by their names in timm. ``None`` stands
+            for the last four.
+            Defaults to ``None``.
         pre_trained (bool): Start from timm's weights of the backbone.
             Defaults to ``True``.
         backbone_weights (str | Path | None): File with weights of the backbone in timm's format, to start from instead.
@@ -63,8 +66,8 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
         embed_dim (int | None): Width D of the vectors. ``None`` leaves the projection out: the vectors are those of the
             concatenated stages.
             Defaults to ``512``.
-        trained_stages (int): Number of the backbone's stages that are trained, counted from the last one. With all
-            four, what comes before them is trained, too; with 0 the backbone stays as it is.
+        trained_stages (int): Number of these stages that are trained, counted from the last one. With all of them, what
+            comes before them is trained, too; with 0 the backbone stays as it is.
             Defaults to ``1``.
         patch_wise (bool): Decode each vector alone. Otherwise the decoder has 3 x 3 convolutions in place of the
             1 x 1 (ablation).
@@ -91,6 +94,9 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
             Defaults to ``2e-5``.
         coreset_ratio (float): Share of the normal features, in (0, 1], that becomes the bank; 1 keeps all.
             Defaults to ``0.1``.
+        feature_scale (Literal["none", "stage", "channel", "whiten"]): Bring the stages to one scale: that of each stage
+            or channel, or of all principal components.
+            Defaults to ``"channel"``.
         score_by (Literal["features", "reconstruction"]): Distance of the vectors to the normal ones, or error of the
             reconstruction, without a bank (ablation).
             Defaults to ``"features"``.
@@ -117,11 +123,11 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
     network = PatchAEModel
     free_arguments = ("trained_stages", "sigma", "vectors_per_chunk")
     comparison_layers = 3  # the search, the whitening, and what it enlarges the errors of
-    scales_features = True
 
     def __init__(
         self,
         backbone: str = "wide_resnet101_2",
+        layers: Sequence[str] | None = None,
         pre_trained: bool = True,
         backbone_weights: str | Path | None = None,
         image_size: int | tuple[int, int] | None = None,
@@ -139,6 +145,7 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
         learning_rate: float = 1e-3,
         backbone_learning_rate: float = 2e-5,
         coreset_ratio: float = 0.1,
+        feature_scale: ScaleBy = "channel",
         score_by: Literal["features", "reconstruction"] = "features",
         sigma: float = 4.0,
         vectors_per_chunk: int = 4096,
@@ -170,6 +177,7 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
             defect_angle_range,
             defect_position_range,
         )
+        self.scales_features = feature_scale != "none"
         self.feature_cache = FeatureCache(0, "defects are drawn on images")
         self.learning_rate = learning_rate
         self.backbone_learning_rate = backbone_learning_rate

@@ -16,6 +16,7 @@ Paper:
     Patch-wise Auto-Encoder for Visual Anomaly Detection, https://arxiv.org/abs/2308.00429
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from anomalib_recon.layers import (
     AntialiasResize,
     BackboneNormalize,
     FeatureScale,
+    ScaleBy,
     Whitening,
     check_whole,
     create_backbone,
@@ -37,7 +39,7 @@ from .anomaly_map import AnomalyMapGenerator
 from .normal_bank import NormalBank
 
 NUM_CHANNELS = 3
-NUM_STAGES = 4
+DEFAULT_NUM_STAGES = 4
 # side of the images that are used to find out which weights a stage depends on
 PROBE_SIZE = 64
 
@@ -49,8 +51,11 @@ class PatchAEModel(nn.Module):
     standardised by the statistics of normal images (``scale``).
 
     Args:
-        backbone (str): CNN of timm, with or without the tag of its weights; its last four stages are used.
+        backbone (str): CNN of timm, with or without the tag of its weights.
             Defaults to ``"wide_resnet101_2"``.
+        layers (Sequence[str] | None): Stages whose features are concatenated, by their names in timm. ``None`` stands
+            for the last four.
+            Defaults to ``None``.
         pre_trained (bool): Start from timm's weights of the backbone.
             Defaults to ``True``.
         backbone_weights (str | Path | None): File with weights of the backbone, to start from instead.
@@ -63,12 +68,14 @@ class PatchAEModel(nn.Module):
         embed_dim (int | None): Width D of the vectors. ``None`` leaves the projection out: the vectors are those of the
             concatenated stages.
             Defaults to ``512``.
-        trained_stages (int): Number of stages that are trained, counted from the last one. With all four, what comes
-            before them is trained, too; with 0 the backbone stays as it is.
+        trained_stages (int): Number of these stages that are trained, counted from the last one. With all of them, what
+            comes before them is trained, too; with 0 the backbone stays as it is.
             Defaults to ``1``.
         patch_wise (bool): Decode each vector alone. Otherwise the decoder has 3 x 3 convolutions in place of the
             1 x 1 (ablation).
             Defaults to ``True``.
+        feature_scale (ScaleBy): Bring the stages to one scale; see :class:`~anomalib_recon.layers.FeatureScale`.
+            Defaults to ``"channel"``.
         score_by (Literal["features", "reconstruction"]): Distance of the vectors to the normal ones, or error of the
             reconstruction, without a bank (ablation).
             Defaults to ``"features"``.
@@ -85,6 +92,7 @@ class PatchAEModel(nn.Module):
     def __init__(
         self,
         backbone: str = "wide_resnet101_2",
+        layers: Sequence[str] | None = None,
         pre_trained: bool = True,
         backbone_weights: str | Path | None = None,
         image_size: tuple[int, int] = (256, 256),
@@ -92,6 +100,7 @@ class PatchAEModel(nn.Module):
         embed_dim: int | None = 512,
         trained_stages: int = 1,
         patch_wise: bool = True,
+        feature_scale: ScaleBy = "channel",
         score_by: Literal["features", "reconstruction"] = "features",
         sigma: float = 4.0,
         vectors_per_chunk: int = 4096,
@@ -100,26 +109,22 @@ class PatchAEModel(nn.Module):
         check_whole(
             patch_size=patch_size, embed_dim=1 if embed_dim is None else embed_dim, vectors_per_chunk=vectors_per_chunk
         )
-        _check_arguments(image_size, patch_size, trained_stages, score_by)
-        num_stages = len(stage_strides(backbone))
-        if num_stages < NUM_STAGES:
-            msg = f"backbone={backbone!r} has {num_stages} stages; choose a CNN with {NUM_STAGES} or more."
-            raise ValueError(msg)
+        stages = _find_stages(backbone, layers)
+        _check_arguments(image_size, patch_size, trained_stages, len(stages), score_by)
         self.image_size = image_size
         self.score_by = score_by
         self.normalize = BackboneNormalize(backbone)
-        stages = range(num_stages - NUM_STAGES, num_stages)
         # in this order of memory its convolutions are faster, in training and in inference
         self.backbone = create_backbone(
-            backbone, pre_trained, backbone_weights, features_only=True, out_indices=tuple(stages)
+            backbone, pre_trained, backbone_weights, features_only=True, out_indices=stages
         ).to(memory_format=torch.channels_last)
-        if trained_stages < NUM_STAGES:
-            _freeze(self.backbone, stage=NUM_STAGES - trained_stages - 1)
+        if trained_stages < len(stages):
+            _freeze(self.backbone, stage=len(stages) - trained_stages - 1)
         rows, columns = (side // patch_size for side in image_size)
         self.num_patches = rows * columns
         self.resize = AntialiasResize((rows, columns))
         num_channels = sum(self.backbone.feature_info.channels())
-        self.scale = FeatureScale(self.backbone.feature_info.channels(), by="channel")
+        self.scale = FeatureScale(self.backbone.feature_info.channels(), by=feature_scale)
         self.project = nn.Sequential()
         if embed_dim is not None:
             self.project = nn.Sequential(
@@ -151,7 +156,7 @@ class PatchAEModel(nn.Module):
         return self
 
     def extract_stages(self, images: Tensor) -> Tensor:
-        """Resize the feature maps of the four stages to the grid and concatenate them.
+        """Resize the feature maps of the stages to the grid and concatenate them.
 
         Args:
             images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
@@ -231,6 +236,23 @@ class PatchAEModel(nn.Module):
         return self.compare_pixels(images, self.reconstruct(codes))
 
 
+def _find_stages(backbone: str, layers: Sequence[str] | None) -> tuple[int, ...]:
+    """Places of the chosen stages among those of the backbone."""
+    names = list(stage_strides(backbone))
+    if layers is None and len(names) < DEFAULT_NUM_STAGES:
+        msg = f"backbone={backbone!r} has {len(names)} stages; choose a CNN with {DEFAULT_NUM_STAGES}, or pass layers."
+        raise ValueError(msg)
+    chosen = names[-DEFAULT_NUM_STAGES:] if layers is None else list(layers)
+    unknown = [name for name in chosen if name not in names]
+    if unknown or not chosen:
+        msg = (
+            f"layers must be among {', '.join(names)}, the stages of backbone={backbone!r}, got "
+            f"{', '.join(unknown) or 'none'}."
+        )
+        raise ValueError(msg)
+    return tuple(index for index, name in enumerate(names) if name in chosen)
+
+
 def _freeze(backbone: Any, stage: int) -> None:
     """Freeze the weights that a stage depends on: its own and those before it."""
     weights = list(backbone.parameters())
@@ -240,15 +262,17 @@ def _freeze(backbone: Any, stage: int) -> None:
         weight.requires_grad_(gradient is None)
 
 
-def _check_arguments(image_size: tuple[int, int], patch_size: int, trained_stages: int, score_by: str) -> None:
+def _check_arguments(
+    image_size: tuple[int, int], patch_size: int, trained_stages: int, num_stages: int, score_by: str
+) -> None:
     if any(side < 1 or side % patch_size for side in image_size):
         msg = f"image_size must be a multiple of patch_size, got {image_size[0]} x {image_size[1]} and {patch_size}."
         raise ValueError(msg)
     if image_size == (patch_size, patch_size):
         msg = f"image_size must hold more than one patch, got {image_size[0]} x {image_size[1]} and {patch_size}."
         raise ValueError(msg)
-    if trained_stages not in range(NUM_STAGES + 1):
-        msg = f"trained_stages must be from 0 to {NUM_STAGES}, got {trained_stages}."
+    if trained_stages not in range(num_stages + 1):
+        msg = f"trained_stages must be from 0 to {num_stages}, the number of stages, got {trained_stages}."
         raise ValueError(msg)
     if score_by not in {"features", "reconstruction"}:
         msg = f"score_by must be 'features' or 'reconstruction', got {score_by!r}."

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Map and score of the residual between features and their prediction."""
+"""Map of the residual between features and their prediction."""
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,15 +15,11 @@ class AnomalyMapGenerator(nn.Module):
         num_channels (int): Channels C of the features.
         grid_size (tuple[int, int]): Height h and width w of the features.
         image_size (tuple[int, int]): Height H and width W of the images, in pixels.
-        top_fraction (float): Share of the map, from the highest value down, whose mean is the score.
     """
 
-    def __init__(
-        self, num_channels: int, grid_size: tuple[int, int], image_size: tuple[int, int], top_fraction: float
-    ) -> None:
+    def __init__(self, num_channels: int, grid_size: tuple[int, int], image_size: tuple[int, int]) -> None:
         super().__init__()
         self.image_size = image_size
-        self.top_fraction = top_fraction
         self.distance = ResidualDistance(num_channels, grid_size)
 
     def forward(self, features: Tensor, reconstruction: Tensor) -> Tensor:
@@ -38,8 +34,3 @@ class AnomalyMapGenerator(nn.Module):
         """
         distance = self.distance(features, reconstruction)
         return functional.interpolate(distance, size=self.image_size, mode="bilinear", align_corners=False)
-
-    def score(self, anomaly_map: Tensor) -> Tensor:
-        """Mean of the highest values of maps of shape ``(B, 1, H, W)``, of shape ``(B,)``."""
-        count = max(1, round(self.top_fraction * self.image_size[0] * self.image_size[1]))
-        return anomaly_map.flatten(1).topk(count, dim=1).values.mean(dim=1)

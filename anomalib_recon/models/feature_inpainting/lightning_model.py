@@ -66,7 +66,8 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
             Defaults to ``128``.
         num_units (int): Rectified random combinations of them that let the prediction bend; 0 leaves it linear.
             Defaults to ``1024``.
-        top_fraction (float): Share of the map, from the highest value down, whose mean is the image's score.
+        top_fraction (float): Share of the map, from the highest value down, whose mean is the image's score; at 0 it is
+            the maximum.
             Defaults to ``0.01``.
         feature_cache_gib (float): Features of the training images are computed once and kept in half precision, in up
             to so many GiB of memory. If they need more, they are computed anew in each of six passes.

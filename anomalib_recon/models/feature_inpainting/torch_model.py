@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from anomalib_recon.layers import (
     FeatureScale,
-    check_finite,
+    TopMean,
     check_whole,
     create_dense_features,
     stage_strides,
@@ -71,7 +71,8 @@ class FeatureInpaintingModel(nn.Module):
             Defaults to ``128``.
         num_units (int): Rectified random combinations of them that let the prediction bend; 0 leaves it linear.
             Defaults to ``1024``.
-        top_fraction (float): Share of the map, from the highest value down, whose mean is the image's score.
+        top_fraction (float): Share of the map, from the highest value down, whose mean is the image's score; at 0 it is
+            the maximum.
             Defaults to ``0.01``.
 
     Raises:
@@ -96,7 +97,7 @@ class FeatureInpaintingModel(nn.Module):
         top_fraction: float = 0.01,
     ) -> None:
         super().__init__()
-        _check_arguments(context_dim, window_size, hole_size, rank, num_units, top_fraction)
+        _check_arguments(context_dim, window_size, hole_size, rank, num_units)
         self.image_size = image_size
         self.backbone = create_dense_features(
             backbone, _default_layers(backbone) if layers is None else layers, image_size, feature_stride, pre_trained,
@@ -113,7 +114,8 @@ class FeatureInpaintingModel(nn.Module):
             min(rank, num_channels),
             num_units,
         )
-        self.anomaly_map_generator = AnomalyMapGenerator(num_channels, grid_size, image_size, top_fraction)
+        self.anomaly_map_generator = AnomalyMapGenerator(num_channels, grid_size, image_size)
+        self.score = TopMean(top_fraction)
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score images of shape ``(B, 3, H, W)`` with values in [0, 1]; see :meth:`compare`."""
@@ -163,7 +165,7 @@ class FeatureInpaintingModel(nn.Module):
                 ``pred_score`` of shape ``(B,)``; both not negative and without an upper limit.
         """
         anomaly_map = self.anomaly_map_generator(features, reconstruction)
-        return InferenceBatch(pred_score=self.anomaly_map_generator.score(anomaly_map), anomaly_map=anomaly_map)
+        return InferenceBatch(pred_score=self.score(anomaly_map), anomaly_map=anomaly_map)
 
     @torch.no_grad()
     def fit(self, features: Iterable[Tensor]) -> None:
@@ -202,11 +204,8 @@ def _default_layers(backbone: str) -> list[str]:
     return [stage for stage, stride in stage_strides(backbone).items() if stride in CNN_STRIDES]
 
 
-def _check_arguments(
-    context_dim: int, window_size: int, hole_size: int, rank: int, num_units: int, top_fraction: float
-) -> None:
+def _check_arguments(context_dim: int, window_size: int, hole_size: int, rank: int, num_units: int) -> None:
     check_whole(context_dim=context_dim, window_size=window_size, hole_size=hole_size, rank=rank)
-    check_finite(top_fraction=top_fraction)
     if isinstance(num_units, bool) or not isinstance(num_units, int) or num_units < 0:
         msg = f"num_units must be a whole number from 0, got {num_units}; 0 leaves the prediction linear."
         raise ValueError(msg)
@@ -216,7 +215,4 @@ def _check_arguments(
             raise ValueError(msg)
     if hole_size >= window_size:
         msg = f"hole_size must be smaller than window_size, got {hole_size} and {window_size}."
-        raise ValueError(msg)
-    if not 0 < top_fraction <= 1:
-        msg = f"top_fraction must be above 0 and at most 1, got {top_fraction}."
         raise ValueError(msg)

@@ -28,7 +28,7 @@ from anomalib_recon.layers import (
     FeatureScale,
     ResidualDistance,
     ScaleBy,
-    check_finite,
+    TopMean,
     check_whole,
     create_dense_features,
 )
@@ -110,12 +110,8 @@ class SAAEModel(nn.Module):
         super().__init__()
         sizes = {"patch_size": patch_size, "num_heads": num_heads, "depth": depth, "mlp_ratio": mlp_ratio}
         check_whole(**sizes, latent_dim=1 if latent_dim is None else latent_dim)
-        check_finite(top_fraction=top_fraction)
         if distance not in {"norm", "mse", "mahalanobis"}:
             msg = f"distance must be 'norm', 'mse' or 'mahalanobis', got {distance!r}."
-            raise ValueError(msg)
-        if not 0 <= top_fraction <= 1:
-            msg = f"top_fraction must be from 0 to 1, got {top_fraction}."
             raise ValueError(msg)
         self.image_size = image_size
         self.backbone = create_dense_features(
@@ -126,7 +122,7 @@ class SAAEModel(nn.Module):
             msg = f"patch_size must divide the feature map of {rows} x {cols} cells, got {patch_size}."
             raise ValueError(msg)
         self.scale = FeatureScale(self.backbone.layer_channels, feature_scale)
-        self.top_count = max(1, round(top_fraction * image_size[0] * image_size[1]))
+        self.score = TopMean(top_fraction)
         self.anomaly_map_generator = AnomalyMapGenerator(
             image_size,
             distance,
@@ -202,10 +198,6 @@ class SAAEModel(nn.Module):
         """
         anomaly_map = self.anomaly_map_generator(features, reconstruction)
         return InferenceBatch(pred_score=self.score(anomaly_map), anomaly_map=anomaly_map)
-
-    def score(self, anomaly_map: Tensor) -> Tensor:
-        """Score maps of shape ``(B, 1, H, W)`` by their highest values, ``(B,)``."""
-        return anomaly_map.flatten(1).topk(self.top_count, dim=1).values.mean(dim=1)
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score images of shape ``(B, 3, H, W)`` with values in [0, 1]; see :meth:`compare`."""

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Score of an image: the mean of the highest values of its anomaly map.
+
+Example:
+    >>> import torch
+    >>> from anomalib_recon.layers import TopMean
+    >>> TopMean(0.01)(torch.rand(2, 1, 64, 64)).shape
+    torch.Size([2])
+"""
+
+from torch import Tensor, nn
+
+from .arguments import check_finite
+
+
+class TopMean(nn.Module):
+    """Mean of a share of a map, from the highest value down.
+
+    Args:
+        top_fraction (float): The share, in [0, 1]; at 0 the score is the maximum.
+
+    Raises:
+        ValueError: If ``top_fraction`` is out of its range.
+    """
+
+    def __init__(self, top_fraction: float) -> None:
+        super().__init__()
+        check_finite(top_fraction=top_fraction)
+        if not 0 <= top_fraction <= 1:
+            msg = f"top_fraction must be from 0 to 1, got {top_fraction}."
+            raise ValueError(msg)
+        self.top_fraction = top_fraction
+
+    def forward(self, anomaly_map: Tensor) -> Tensor:
+        """Score maps of shape ``(B, 1, H, W)``.
+
+        Returns:
+            Tensor: Scores of shape ``(B,)``.
+        """
+        values = anomaly_map.flatten(1)
+        count = max(1, round(self.top_fraction * values.shape[1]))
+        return values.topk(count, dim=1).values.mean(dim=1)

@@ -89,3 +89,20 @@ def test_checkpoint_and_exports_hold_the_distance(fitted, stripes: Path, tmp_pat
 def test_wrong_values_are_refused(model_class: type[SAAE | ADTR], arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model_class(backbone="resnet18", pre_trained=False, image_size=64, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("ADTR", {"distance": "mahalanobis"}),
+        ("SAAE", {"latent_dim": 8, "feature_scale": "stage"}),
+        ("PatchAE", {}),
+        ("FeatureInpainting", {}),
+    ],
+)
+def test_what_needs_normal_images_needs_a_datamodule(name: str, arguments: dict, stripes: Path, tmp_path: Path) -> None:
+    datamodule = data(stripes)
+    datamodule.setup("fit")
+    loaders = {"train_dataloaders": datamodule.train_dataloader(), "val_dataloaders": datamodule.val_dataloader()}
+    with pytest.raises(ValueError, match=f"^{name}, with these arguments, takes statistics .* pass a datamodule"):
+        engine_in(tmp_path).fit(build(name, **arguments), **loaders)

@@ -80,12 +80,15 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
         free_arguments (tuple[str, ...]): Arguments of the network in which a checkpoint may differ from the model it is
             loaded into.
         feature_cache (FeatureCache | None): Keeps what ``training_inputs`` makes of images that stay the same.
+        needs_datamodule (bool): Whether ``start`` or ``finish`` need the normal training images, of whatever arguments
+            the model has.
     """
 
     network: ClassVar[type[nn.Module]]
     default_image_size: ClassVar[tuple[int, int]] = (256, 256)
     free_arguments: ClassVar[tuple[str, ...]] = ()
     feature_cache: FeatureCache | None = None
+    needs_datamodule: bool = False
     model: Any
 
     # --- construction

@@ -78,11 +78,20 @@ class FeatureCache(Callback):
         """Fill the cache, and let the model look at the features.
 
         Lightning restores the checkpoint of a resumed run after this, the backbone included.
+
+        Raises:
+            ValueError: If the model needs the normal training images, and there is no datamodule to have them from.
         """
-        if stage != "fit" or trainer.ckpt_path is not None:
-            return
         module: Any = pl_module
         datamodule: Any = getattr(trainer, "datamodule", None)
+        if stage == "fit" and datamodule is None and module.needs_datamodule:
+            msg = (
+                f"{type(module).__name__}, with these arguments, takes statistics of the normal training images, which "
+                "dataloaders do not tell from others; pass a datamodule."
+            )
+            raise ValueError(msg)
+        if stage != "fit" or trainer.ckpt_path is not None:
+            return
         self._prepare(trainer, module, datamodule)
         if datamodule is not None:
             module.start(self.normal_features(trainer, module))

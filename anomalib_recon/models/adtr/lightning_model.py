@@ -195,6 +195,7 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         self.lr_drop_epoch = lr_drop_epoch
         self.use_one_cycle = use_one_cycle
         self.scales_features = feature_scale != "none"
+        self.needs_datamodule = self.scales_features or distance == "mahalanobis"
         self.feature_cache = FeatureCache(feature_cache_gib, "confetti is drawn on images" if confetti else None)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

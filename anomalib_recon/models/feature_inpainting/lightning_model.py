@@ -90,6 +90,7 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
     network = FeatureInpaintingModel
     free_arguments = ("top_fraction",)
     scales_features = True
+    needs_datamodule = True
 
     def __init__(
         self,

@@ -122,6 +122,7 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
 
     network = PatchAEModel
     free_arguments = ("trained_stages", "sigma", "vectors_per_chunk")
+    needs_datamodule = True
     comparison_layers = 3  # the search, the whitening, and what it enlarges the errors of
 
     def __init__(

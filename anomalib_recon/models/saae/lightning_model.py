@@ -159,6 +159,7 @@ class SAAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         self.learning_rate = learning_rate
         self.use_one_cycle = use_one_cycle
         self.scales_features = feature_scale != "none"
+        self.needs_datamodule = self.scales_features or distance == "mahalanobis"
         self.feature_cache = FeatureCache(feature_cache_gib)
         self._given_latent_dim = latent_dim
 

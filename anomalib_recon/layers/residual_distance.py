@@ -27,39 +27,46 @@ MIN_VARIANCE = 1e-6
 
 
 class ResidualDistance(nn.Module):
-    """Mahalanobis distance of a residual, by a covariance of the normal residuals at that place.
+    """Mahalanobis distance of a residual, by mean and covariance of the normal residuals at that place.
 
-    A block of 2 x 2 cells shares a covariance, if 2 divides the grid. It is mixed with the covariance of all blocks,
-    the more, the fewer training images there are.
+    Each cell has a mean of its own. A block of 2 x 2 cells shares a covariance, if 2 divides the grid. It is mixed with
+    the covariance of all blocks, the more, the fewer training images there are.
 
     Args:
         num_channels (int): Channels C of the features.
         grid_size (tuple[int, int]): Height h and width w of the features.
     """
 
+    mean: Tensor
     whitening: Tensor
 
     def __init__(self, num_channels: int, grid_size: tuple[int, int]) -> None:
         super().__init__()
         self.block_size = 1 if any(side % BLOCK_SIZE for side in grid_size) else BLOCK_SIZE
         self.blocks = (grid_size[0] // self.block_size, grid_size[1] // self.block_size)
+        self.register_buffer("mean", torch.zeros(num_channels, *grid_size))
         # for each block the map W of a residual r to unit covariance, (blocks, C, C)
         self.register_buffer("whitening", torch.eye(num_channels).repeat(self.blocks[0] * self.blocks[1], 1, 1))
 
     @torch.no_grad()
     def fit(self, residuals: Iterable[Tensor]) -> None:
-        """Set the covariances.
+        """Set means and covariances, in one pass.
 
         Args:
             residuals (Iterable[Tensor]): Residuals of normal images in batches of shape ``(b, C, h, w)``.
         """
-        products, count = torch.zeros_like(self.whitening), 0
+        products, total, num_images = torch.zeros_like(self.whitening), torch.zeros_like(self.mean), 0
         for residual in residuals:
             examples = self._to_blocks(residual.float())
             products += examples.mT @ examples
-            count += examples.shape[1]
-        weight = PRIOR_EXAMPLES / (PRIOR_EXAMPLES + count)
-        covariance = (1 - weight) * products / count + weight * products.mean(dim=0) / count
+            total += residual.float().sum(dim=0)
+            num_images += len(residual)
+        self.mean = total / num_images
+        means = self._to_blocks(self.mean[None])
+        cells = means.shape[1]  # of a block
+        of_blocks = products / (num_images * cells) - means.mT @ means / cells
+        weight = PRIOR_EXAMPLES / (PRIOR_EXAMPLES + num_images * cells)
+        covariance = (1 - weight) * of_blocks + weight * of_blocks.mean(dim=0)
         variance = covariance.diagonal(dim1=1, dim2=2)
         variance += SHRINKAGE * variance.mean(dim=1, keepdim=True).clamp(min=MIN_VARIANCE)
         identity = torch.eye(covariance.shape[-1], device=covariance.device).expand_as(covariance)
@@ -76,7 +83,7 @@ class ResidualDistance(nn.Module):
             Tensor: Distances of shape ``(B, 1, h, w)``, about 1 where images are normal.
         """
         with torch.autocast(features.device.type, enabled=False):
-            examples = self._to_blocks(features.float() - reconstruction.float())
+            examples = self._to_blocks(features.float() - reconstruction.float() - self.mean)
             return self._from_blocks((examples @ self.whitening.mT).square().mean(dim=2).sqrt())
 
     def _to_blocks(self, residual: Tensor) -> Tensor:

@@ -19,13 +19,15 @@ def draw_residuals(count: int, rows: int = 4, columns: int = 6) -> torch.Tensor:
 
 @pytest.mark.parametrize(("rows", "side"), [(4, 2), (3, 1)])
 def test_distances_are_those_of_scipy(rows: int, side: int) -> None:
-    """By the second moments of the residuals of a block of cells, mixed with those of all blocks."""
-    residuals = draw_residuals(40, rows)
+    """By the mean of the residuals of a cell, and the covariance of a block of cells, mixed with that of all blocks."""
+    residuals = draw_residuals(40, rows) + 3 * torch.randn(5, rows, 6, generator=torch.Generator().manual_seed(1))
     distance = ResidualDistance(5, (rows, 6))
     distance.fit(residuals.split(16))
     tested = draw_residuals(41, rows)[-1:] + 1
     result = distance(tested, torch.zeros_like(tested))
     assert result.shape == (1, 1, rows, 6)
+
+    means = residuals.mean(dim=0)
 
     def moments(values: torch.Tensor) -> np.ndarray:
         vectors = values.movedim(1, -1).flatten(0, 2).double().numpy()
@@ -34,11 +36,11 @@ def test_distances_are_those_of_scipy(rows: int, side: int) -> None:
     weight = PRIOR_EXAMPLES / (PRIOR_EXAMPLES + 40 * side**2)
     for row, column in [(0, 0), (1, 3), (2, 5)]:
         top, left = row // side * side, column // side * side
-        block = residuals[:, :, top : top + side, left : left + side]
-        covariance = (1 - weight) * moments(block) + weight * moments(residuals)
+        block = (residuals - means)[:, :, top : top + side, left : left + side]
+        covariance = (1 - weight) * moments(block) + weight * moments(residuals - means)
         covariance += SHRINKAGE * np.trace(covariance) / 5 * np.eye(5)
         vector = tested[0, :, row, column].double().numpy()
-        expected = mahalanobis(vector, np.zeros(5), np.linalg.inv(covariance)) / np.sqrt(5)
+        expected = mahalanobis(vector, means[:, row, column].double().numpy(), np.linalg.inv(covariance)) / np.sqrt(5)
         assert result[0, 0, row, column].item() == pytest.approx(expected, rel=1e-3)
 
 

@@ -83,6 +83,11 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
             Defaults to ``"learned"``.
         attention (Literal["multihead", "concat"]): Multi-head attention, or concatenation and projection.
             Defaults to ``"multihead"``.
+        patch_size (int): Side of a token, in cells of the feature map; divides h and w.
+            Defaults to ``1``.
+        hole_size (int): Side of the square of tokens around its own that a query does not see, odd, so that it must
+            rebuild its features from those around. 0 stands for none, as in the paper.
+            Defaults to ``0``.
         pool_size (int): Side of the window, in pixels, over which the map is averaged for the image's score.
             Defaults to ``16``.
         feature_scale (Literal["none", "stage", "channel", "whiten"]): Bring features to one scale: that of each stage
@@ -148,6 +153,8 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         dropout: float = 0.1,
         query: Literal["learned", "encoder"] = "learned",
         attention: Literal["multihead", "concat"] = "multihead",
+        patch_size: int = 1,
+        hole_size: int = 0,
         pool_size: int = 16,
         feature_scale: ScaleBy = "none",
         distance: Distance = "norm",

@@ -38,6 +38,8 @@ from anomalib_recon.layers import (
 from .anomaly_map import AnomalyMapGenerator, Distance
 
 DEFAULT_STRIDE = 16
+# by how much a logit falls with each token of distance from where its head looks
+SLOPE = 2.0
 
 
 class ConcatProjection(nn.Module):
@@ -51,9 +53,9 @@ class ConcatProjection(nn.Module):
         super().__init__()
         self.projection = nn.Linear(2 * embed_dim, embed_dim)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
         """Join each token with the one at its own place; all shapes are ``(B, T, D)``."""
-        del key
+        del key, bias
         return self.projection(torch.cat([query, value], dim=-1))
 
 
@@ -68,12 +70,25 @@ class MultiheadAttention(nn.MultiheadAttention):
     def __init__(self, embed_dim: int, num_heads: int) -> None:
         super().__init__(embed_dim, num_heads, batch_first=True)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
-        """Let each query attend to the keys; all shapes are ``(B, T, D)``."""
+    def forward(  # type: ignore[override]
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """Let each query attend to the keys.
+
+        Args:
+            query (Tensor): Tokens that attend, of shape ``(B, T, D)``.
+            key (Tensor): Tokens that they are compared with, of the same shape.
+            value (Tensor): Tokens that are mixed, of the same shape.
+            bias (Tensor | None): What is added to the logits of each head, of shape ``(1, heads, T, T)``.
+                Defaults to ``None``.
+
+        Returns:
+            Tensor: Tokens of shape ``(B, T, D)``.
+        """
         # PyTorch's forward puts the tokens before the batch, which takes copies of all three and of the result
         parts = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
         heads = (functional.linear(*part).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
-        mixed = functional.scaled_dot_product_attention(*heads)  # (B, heads, T, D / heads)
+        mixed = functional.scaled_dot_product_attention(*heads, attn_mask=bias)  # (B, heads, T, D / heads)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
 
@@ -103,18 +118,20 @@ class EncoderLayer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, tokens: Tensor, position: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, position: Tensor, bias: Tensor | None = None) -> Tensor:
         """Encode tokens.
 
         Args:
-            tokens (Tensor): Tokens of shape ``(B, hw, D)``.
-            position (Tensor): Position embedding of shape ``(1, hw, D)``.
+            tokens (Tensor): Tokens of shape ``(B, T, D)``.
+            position (Tensor): Position embedding of shape ``(1, T, D)``.
+            bias (Tensor | None): See :class:`MultiheadAttention`.
+                Defaults to ``None``.
 
         Returns:
-            Tensor: Tokens of shape ``(B, hw, D)``.
+            Tensor: Tokens of shape ``(B, T, D)``.
         """
         located = tokens + position
-        tokens = self.norm1(tokens + self.dropout(self.self_attention(located, located, tokens)))
+        tokens = self.norm1(tokens + self.dropout(self.self_attention(located, located, tokens, bias)))
         return self.norm2(tokens + self.dropout(self.feed_forward(tokens)))
 
 
@@ -137,21 +154,33 @@ class DecoderLayer(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(embed_dim) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, query: Tensor, encoded: Tensor, position: Tensor) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        encoded: Tensor,
+        position: Tensor,
+        self_bias: Tensor | None = None,
+        cross_bias: Tensor | None = None,
+    ) -> Tensor:
         """Decode a query.
 
         Args:
-            query (Tensor): Query embedding of shape ``(1, hw, D)``, or the output of the layer before, ``(B, hw, D)``.
-            encoded (Tensor): Output of the encoder, of shape ``(B, hw, D)``.
-            position (Tensor): Position embedding of shape ``(1, hw, D)``.
+            query (Tensor): Query embedding of shape ``(1, T, D)``, or the output of the layer before, ``(B, T, D)``.
+            encoded (Tensor): Output of the encoder, of shape ``(B, T, D)``.
+            position (Tensor): Position embedding of shape ``(1, T, D)``.
+            self_bias (Tensor | None): Of the self-attention, see :class:`MultiheadAttention`.
+                Defaults to ``None``.
+            cross_bias (Tensor | None): Of the attention to the encoder.
+                Defaults to ``None``.
 
         Returns:
-            Tensor: Tokens of shape ``(B, hw, D)``.
+            Tensor: Tokens of shape ``(B, T, D)``.
         """
         located = query + position
-        attended = self.self_attention(located, located, query).expand_as(encoded)
+        attended = self.self_attention(located, located, query, self_bias).expand_as(encoded)
         query = self.norm1(query + self.dropout(attended))
-        query = self.norm2(query + self.dropout(self.cross_attention(query + position, encoded + position, encoded)))
+        attended = self.cross_attention(query + position, encoded + position, encoded, cross_bias)
+        query = self.norm2(query + self.dropout(attended))
         return self.norm3(query + self.dropout(self.feed_forward(query)))
 
 
@@ -189,6 +218,12 @@ class ADTRModel(nn.Module):
         attention (Literal["multihead", "concat"]): Multi-head attention, or concatenation and projection (the paper's
             ablation "w/o Attn").
             Defaults to ``"multihead"``.
+        patch_size (int): Side of a token, in cells of the feature map; divides h and w.
+            Defaults to ``1``.
+        hole_size (int): Side of the square of tokens around its own that a query does not see, odd, so that it must
+            rebuild its features from those around; all tokens then stay apart but for the attention of the query to the
+            encoder, which prefers near ones. 0 stands for none, as in the paper.
+            Defaults to ``0``.
         pool_size (int): Side of the window, in pixels, over which the map is averaged for the image's score.
             Defaults to ``16``.
         feature_scale (ScaleBy): Bring features to one scale: that of each stage
@@ -217,6 +252,8 @@ class ADTRModel(nn.Module):
         dropout: float = 0.1,
         query: Literal["learned", "encoder"] = "learned",
         attention: Literal["multihead", "concat"] = "multihead",
+        patch_size: int = 1,
+        hole_size: int = 0,
         pool_size: int = 16,
         feature_scale: ScaleBy = "none",
         distance: Distance = "norm",
@@ -225,15 +262,24 @@ class ADTRModel(nn.Module):
         if distance not in {"norm", "mahalanobis"}:
             msg = f"distance must be 'norm' or 'mahalanobis', got {distance!r}."
             raise ValueError(msg)
-        _check_arguments(image_size, embed_dim, depth, num_heads, mlp_dim, dropout, query, attention, pool_size)
+        check_whole(
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_dim=mlp_dim,
+            pool_size=pool_size,
+            patch_size=patch_size,
+        )
+        _check_arguments(image_size, embed_dim, num_heads, dropout, query, attention, pool_size)
         self.feature_size = find_feature_size(backbone, image_size, feature_size)
         self.backbone = FrozenBackbone(backbone, layers, pre_trained, backbone_weights)
         self.resize = AntialiasResize(self.feature_size)
         self.scale = FeatureScale(self.backbone.num_channels, feature_scale)
         num_channels = sum(self.backbone.num_channels)
-        self.num_tokens = math.prod(self.feature_size)
+        self.patch_grid = _divide(self.feature_size, patch_size)
+        self.num_tokens = math.prod(self.patch_grid)
 
-        self.reduce = nn.Conv2d(num_channels, embed_dim, kernel_size=1)
+        self.reduce = nn.Conv2d(num_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
         self.position_embedding = nn.Parameter(torch.empty(1, self.num_tokens, embed_dim))
         self.encoder = nn.ModuleList(
             EncoderLayer(embed_dim, num_heads, mlp_dim, dropout, attention) for _ in range(depth)
@@ -242,7 +288,12 @@ class ADTRModel(nn.Module):
         self.decoder = nn.ModuleList(
             DecoderLayer(embed_dim, num_heads, mlp_dim, dropout, attention) for _ in range(depth)
         )
-        self.recover = nn.Conv2d(embed_dim, num_channels, kernel_size=1)
+        self.recover = nn.Conv2d(embed_dim, num_channels * patch_size**2, kernel_size=1)
+        self.shuffle = nn.PixelShuffle(patch_size)
+        _check_hole(hole_size, self.patch_grid, query, attention)
+        self_bias, cross_bias = _hole_biases(self.patch_grid, hole_size, num_heads) if hole_size else (None, None)
+        self.register_buffer("self_bias", self_bias, persistent=False)
+        self.register_buffer("cross_bias", cross_bias, persistent=False)
         self.anomaly_map_generator = AnomalyMapGenerator(
             image_size,
             pool_size,
@@ -293,13 +344,13 @@ class ADTRModel(nn.Module):
         Returns:
             Tensor: Reconstruction of the same shape.
         """
-        tokens = self.reduce(features).flatten(2).transpose(1, 2)  # (B, hw, D)
+        tokens = self.reduce(features).flatten(2).transpose(1, 2)  # (B, T, D)
         for layer in self.encoder:
-            tokens = layer(tokens, self.position_embedding)
+            tokens = layer(tokens, self.position_embedding, self.self_bias)
         rebuilt = tokens if self.query is None else self.query
         for layer in self.decoder:
-            rebuilt = layer(rebuilt, tokens, self.position_embedding)
-        return self.recover(rebuilt.transpose(1, 2).unflatten(2, self.feature_size))
+            rebuilt = layer(rebuilt, tokens, self.position_embedding, self.self_bias, self.cross_bias)
+        return self.shuffle(self.recover(rebuilt.transpose(1, 2).unflatten(2, self.patch_grid)))
 
     def compare(self, features: Tensor, reconstruction: Tensor) -> InferenceBatch:
         """Compare features with their reconstruction ("Inference").
@@ -319,6 +370,52 @@ class ADTRModel(nn.Module):
         """Score images of shape ``(B, 3, H, W)`` with values in [0, 1]; see :meth:`compare`."""
         features = self.embed(images)
         return self.compare(features, self.reconstruct(features))
+
+
+def _check_hole(hole_size: int, grid_size: tuple[int, int], query: str, attention: str) -> None:
+    is_whole = isinstance(hole_size, int) and not isinstance(hole_size, bool)
+    if not is_whole or hole_size < 0 or (hole_size > 0 and hole_size % 2 == 0):
+        msg = f"hole_size must be an odd number of tokens, or 0 for no hole, got {hole_size}."
+        raise ValueError(msg)
+    if hole_size and (query, attention) != ("learned", "multihead"):
+        msg = (
+            f"hole_size={hole_size} needs query='learned' and attention='multihead', got {query!r} and "
+            f"{attention!r}, by which a token sees itself."
+        )
+        raise ValueError(msg)
+    if hole_size >= max(grid_size):
+        msg = f"hole_size must leave tokens to see of {grid_size[0]} x {grid_size[1]}, got {hole_size}."
+        raise ValueError(msg)
+
+
+def _divide(feature_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    if any(side % patch_size for side in feature_size):
+        msg = (
+            f"patch_size must divide the feature map of {feature_size[0]} x {feature_size[1]} cells, got {patch_size}."
+        )
+        raise ValueError(msg)
+    return feature_size[0] // patch_size, feature_size[1] // patch_size
+
+
+def _hole_biases(grid_size: tuple[int, int], hole_size: int, num_heads: int) -> tuple[Tensor, Tensor]:
+    """What keeps a query from what it rebuilds.
+
+    Self-attentions see a token alone; otherwise what is in the hole would come in by way of the others. The attention
+    of the query to the encoder sees what lies outside the hole, the nearer the better: each head lowers its logits by
+    the distance times a slope of its own, as in ALiBi (Press et al., 2022).
+
+    Returns:
+        tuple[Tensor, Tensor]: Biases of the self-attentions and of the attention to the encoder, ``(1, heads, T, T)``.
+    """
+    places = torch.cartesian_prod(*(torch.arange(side) for side in grid_size))  # (T, 2)
+    offsets = places - places[:, None]  # from query to key, (T, T, 2)
+    reach = hole_size // 2
+    angles = 2 * torch.pi * torch.arange(num_heads) / num_heads
+    directions = (reach + 1) * torch.stack([angles.sin(), angles.cos()], dim=-1)  # (heads, 2)
+    near = -SLOPE * (offsets - directions[:, None, None]).norm(dim=-1)  # (heads, T, T)
+    is_hole = offsets.abs().amax(dim=-1) <= reach
+    alone = torch.zeros_like(near).masked_fill(~torch.eye(len(places), dtype=torch.bool), -torch.inf)
+    return alone[None], near.masked_fill(is_hole, -torch.inf)[None]
 
 
 def find_feature_size(
@@ -357,15 +454,12 @@ def find_feature_size(
 def _check_arguments(
     image_size: tuple[int, int],
     embed_dim: int,
-    depth: int,
     num_heads: int,
-    mlp_dim: int,
     dropout: float,
     query: str,
     attention: str,
     pool_size: int,
 ) -> None:
-    check_whole(embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim, pool_size=pool_size)
     check_finite(dropout=dropout)
     if embed_dim % num_heads:
         msg = f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}."

@@ -33,6 +33,7 @@ from torchvision.transforms.v2 import Normalize, Resize
 
 from anomalib_recon.layers import check_whole
 from anomalib_recon.metrics import RawScoreEvaluator
+from anomalib_recon.post_processing import RegionPostProcessor
 from anomalib_recon.pre_processing import ExactResizePreProcessor, flatten_transform
 from anomalib_recon.training import (
     EndOfFit,
@@ -162,6 +163,10 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
             PreProcessor: Pre-processor.
         """
         return ExactResizePreProcessor(Resize(image_size or cls.default_image_size, antialias=True))
+
+    def configure_post_processor(self) -> RegionPostProcessor:
+        """Post-processor of anomalib, which takes a region of interest from a checkpoint that has one."""
+        return RegionPostProcessor()
 
     @staticmethod
     def configure_evaluator() -> RawScoreEvaluator:

@@ -9,6 +9,7 @@ from .dense_features import create_dense_features, vision_transformer_blocks
 from .feature_scale import FeatureScale, ScaleBy
 from .residual_distance import ResidualDistance
 from .resize import AntialiasResize
+from .tiling import Tiling, tiler_arguments
 from .whitening import PrincipalWhitening, Whitening
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "PrincipalWhitening",
     "ResidualDistance",
     "ScaleBy",
+    "Tiling",
     "Whitening",
     "check_finite",
     "check_positive",
@@ -27,5 +29,6 @@ __all__ = [
     "create_backbone",
     "create_dense_features",
     "stage_strides",
+    "tiler_arguments",
     "vision_transformer_blocks",
 ]

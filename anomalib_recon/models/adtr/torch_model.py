@@ -30,6 +30,7 @@ from anomalib_recon.layers import (
     FrozenBackbone,
     ResidualDistance,
     ScaleBy,
+    Tiling,
     check_finite,
     check_whole,
     stage_strides,
@@ -155,7 +156,7 @@ class DecoderLayer(nn.Module):
         return self.norm3(query + self.dropout(self.feed_forward(query)))
 
 
-class ADTRModel(nn.Module):
+class ADTRModel(Tiling, nn.Module):
     """A frozen backbone's features, and the transformer that rebuilds them from a learned query.
 
     Args:
@@ -317,8 +318,8 @@ class ADTRModel(nn.Module):
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score images of shape ``(B, 3, H, W)`` with values in [0, 1]; see :meth:`compare`."""
-        features = self.embed(images)
-        return self.compare(features, self.reconstruct(features))
+        features = self.embed(self.tile(images))
+        return self.untile(self.compare(features, self.reconstruct(features)))
 
 
 def find_feature_size(

@@ -2,6 +2,7 @@
 
 """An evaluator that shows score metrics the model's raw scores."""
 
+import copy
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, Literal, cast
@@ -17,9 +18,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from anomalib_recon.training import check_products, find_products
+
 from .score_curve import AUPRO, AUROC
 
 POST_PROCESSED_FIELDS = {"pred_label", "pred_mask"}
+# of a batch, with a value for each image
+SELECTED_FIELDS = ("image", "image_path", "gt_label", "gt_mask", "pred_score", "anomaly_map", "pred_label", "pred_mask")
 # they look at neighbours, so that no pixel can be left out
 WHOLE_MAP_METRICS = (
     anomalib_metrics.AUPRO,
@@ -56,10 +61,13 @@ class RawScoreEvaluator(Evaluator):
             file (of a normal image, the image's). Maps are then resized bilinearly, antialiased where they shrink,
             before they are ranked; predicted masks by nearest neighbour. This takes the map for one of the whole image:
             test without crops. One image is in memory at a time. Defaults to ``"model"``.
+        products (Sequence[str] | None): Names of folders. The test metrics are computed for the images in each of these
+            folders, too, under names such as ``bolt_image_AUROC``. Defaults to ``None``.
 
     Raises:
         ValueError: If ``pixel_size`` is unknown; in a test at the original size, if an anomalous image has a mask but
-            no file of it; with a region, if a metric of anomalib needs whole maps.
+            no file of it; with a region, if a metric of anomalib needs whole maps; if a name in ``products`` is there
+            twice, or an image is not in exactly one of the folders.
 
     Example:
         >>> from anomalib.models import Padim
@@ -72,8 +80,12 @@ class RawScoreEvaluator(Evaluator):
         test_metrics: AnomalibMetric | Sequence[AnomalibMetric] | None = None,
         compute_on_cpu: bool = True,
         pixel_size: Literal["model", "original"] = "model",
+        products: Sequence[str] | None = None,
     ) -> None:
         super().__init__(val_metrics, _default_metrics() if test_metrics is None else test_metrics, compute_on_cpu)
+        self.products = [] if products is None else check_products(products)
+        of_all = list(self.test_metrics)
+        self.test_metrics.extend(_copy(metric, name) for name in self.products for metric in of_all)
         if pixel_size not in {"model", "original"}:
             msg = f"pixel_size must be 'model' or 'original', got {pixel_size!r}."
             raise ValueError(msg)
@@ -143,6 +155,17 @@ class RawScoreEvaluator(Evaluator):
         self._update([metric for metric in self._test_metrics if _is_score_metric(metric)], batch, region)
 
     def _update(self, metrics: list[Any], batch: Any, region: Any) -> None:
+        """Update metrics of all images with a batch, and those of a product with its images."""
+        self._update_all([metric for metric in metrics if not hasattr(metric, "product")], batch, region)
+        if not self.products:
+            return
+        products = find_products(batch.image_path, self.products)
+        for index in set(products):
+            own = [metric for metric in metrics if getattr(metric, "product", None) == self.products[index]]
+            part = _select(batch, [place for place, product in enumerate(products) if product == index])
+            self._update_all(own, part, region)
+
+    def _update_all(self, metrics: list[Any], batch: Any, region: Any) -> None:
         resize = self.pixel_size == "original" and batch.gt_mask is not None
         of_pixels = [metric for metric in metrics if resize and "gt_mask" in metric.fields]
         for metric in metrics:
@@ -184,6 +207,25 @@ def _refuse_whole_maps(metrics: Sequence[Any]) -> None:
                 "anomalib_recon.metrics.AUPRO, or leave it out."
             )
             raise ValueError(msg)
+
+
+def _copy(metric: Any, product: str) -> Any:
+    """A metric of one product."""
+    own = copy.deepcopy(metric)
+    own.product = product
+    own.name = f"{product}_{metric.name}"
+    return own
+
+
+def _select(batch: Any, places: list[int]) -> SimpleNamespace:
+    """What metrics need of some images of a batch."""
+    values = {name: getattr(batch, name) for name in SELECTED_FIELDS}
+    return SimpleNamespace(
+        **{
+            name: value[places] if isinstance(value, Tensor) else value and [value[place] for place in places]
+            for name, value in values.items()
+        }
+    )
 
 
 def _update(metric: Any, batch: Any, region: Any) -> None:

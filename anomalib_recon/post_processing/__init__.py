@@ -3,7 +3,7 @@
 """Post-processors of anomaly scores, for our models and anomalib's."""
 
 from .post_processor import FalsePositiveRatePostProcessor
-from .region import RegionOfInterest, read_region
+from .product_post_processor import ProductPostProcessor
 from .region_post_processor import RegionPostProcessor
 
-__all__ = ["FalsePositiveRatePostProcessor", "RegionOfInterest", "RegionPostProcessor", "read_region"]
+__all__ = ["FalsePositiveRatePostProcessor", "ProductPostProcessor", "RegionPostProcessor"]

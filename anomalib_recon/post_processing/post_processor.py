@@ -18,6 +18,7 @@ Paper:
 """
 
 from pathlib import Path
+from types import EllipsisType
 from typing import Any, Literal, cast
 
 import torch
@@ -182,7 +183,12 @@ class FalsePositiveRatePostProcessor(RegionPostProcessor):
 
     def _set_thresholds(self, trainer: Trainer, module: AnomalibModule) -> None:
         """Set thresholds and normalisation from the scores of the normal images."""
-        dataset = self._normal_images(trainer, module)
+        self._set_from(trainer, module, self._normal_images(trainer, module))
+
+    def _set_from(
+        self, trainer: Trainer, module: AnomalibModule, dataset: AnomalibDataset, place: int | EllipsisType = ...
+    ) -> None:
+        """Set thresholds and normalisation, or one place in them, from the scores of images."""
         images = HighestScores(self.image_fpr, len(dataset), module.device)
         pixels = HighestScores(self.pixel_fpr, len(dataset), module.device)
         for batch in score_images(trainer, module, dataset):
@@ -191,10 +197,12 @@ class FalsePositiveRatePostProcessor(RegionPostProcessor):
             for scores, new in ((images, inside.pred_score), (pixels, inside.anomaly_map)):
                 if new is not None:
                     scores.update(new)
-        self._set("image", images, self.image_fpr)
-        self._set("pixel", pixels, self.pixel_fpr)
+        self._set("image", images, self.image_fpr, place)
+        self._set("pixel", pixels, self.pixel_fpr, place)
 
-    def _set(self, kind: Literal["image", "pixel"], scores: HighestScores, rate: float) -> None:
+    def _set(
+        self, kind: Literal["image", "pixel"], scores: HighestScores, rate: float, place: int | EllipsisType
+    ) -> None:
         scores.gather()
         if scores.count == 0:  # a model without maps
             return
@@ -204,9 +212,9 @@ class FalsePositiveRatePostProcessor(RegionPostProcessor):
                 "highest score."
             )
         threshold = scores.threshold(rate)
-        getattr(self, f"_{kind}_threshold").fill_(threshold)
-        getattr(self, f"{kind}_min").fill_(scores.lowest)
-        getattr(self, f"{kind}_max").fill_(2 * threshold - scores.lowest)
+        getattr(self, f"_{kind}_threshold")[place] = threshold
+        getattr(self, f"{kind}_min")[place] = scores.lowest
+        getattr(self, f"{kind}_max")[place] = 2 * threshold - scores.lowest
 
     def _normal_images(self, trainer: Trainer, module: AnomalibModule) -> AnomalibDataset:
         dataset = getattr(trainer.datamodule, f"{self.split}_data", None)  # type: ignore[attr-defined]

@@ -90,7 +90,7 @@ def test_predictions_and_exports_have_the_thresholds_of_their_product(root: Path
         images = PredictDataset(root / name / "train" / "good")
         [batch] = engine.predict(model, dataloaders=DataLoader(images, batch_size=20, collate_fn=images.collate_fn))
         assert int(batch.pred_label.sum()) == 2
-        assert int(batch.pred_mask.sum()) == 0.01 * 20 * SIZE**2
+        assert int(batch.pred_mask.sum()) <= 0.01 * 20 * SIZE**2
         exported = Tiny(post_processor=model.post_processor.for_product(name)).eval()
         alone = exported(images_in(root / name / "train" / "good"))
         assert torch.allclose(alone.pred_score, batch.pred_score)

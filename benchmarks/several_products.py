@@ -24,7 +24,7 @@ from anomalib_recon.post_processing import FalsePositiveRatePostProcessor, Produ
 SIDE = 224
 MODELS = {
     "FeatureInpainting": (FeatureInpainting, {}, 1),
-    "SAAE": (SAAE, {"learning_rate": 1e-3}, 20),
+    "SAAE": (SAAE, {"learning_rate": 1e-3}, 10),
 }
 
 

@@ -11,6 +11,7 @@ from anomalib.cli import AnomalibCLI
 from anomalib.data import Folder, PredictDataset
 from anomalib.engine import Engine
 from anomalib.post_processing import PostProcessor
+from lightning.pytorch.callbacks import EarlyStopping
 from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader
 
@@ -99,6 +100,16 @@ def test_predictions_and_exports_have_the_thresholds_of_their_product(root: Path
         model(torch.rand(1, 3, SIZE, SIZE))
     with pytest.raises(ValueError, match=r"product must be one of \['dark', 'bright'\], got 'red'"):
         model.post_processor.for_product("red")
+
+
+def test_a_callback_monitors_the_metric_of_a_product(root: Path, tmp_path: Path) -> None:
+    arguments = {**TINY["SAAE"], "image_size": 32, "evaluator": RawScoreEvaluator(products=NAMES)}
+    engine = engine_in(tmp_path, callbacks=[EarlyStopping(monitor="dark_image_AUROC", mode="max")])
+    model = SAAE(**arguments)
+    engine.fit(model, datamodule=datamodule(root, NAMES))
+    watched = float(engine.trainer.callback_metrics["dark_image_AUROC"])
+    metrics = engine.test(model, datamodule=datamodule(root, NAMES), verbose=False)[0]
+    assert watched == pytest.approx(metrics["dark_image_AUROC"], abs=1e-6)
 
 
 def test_a_command_trains_one_model_for_several_categories(root: Path, tmp_path: Path) -> None:

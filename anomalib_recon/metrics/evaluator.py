@@ -3,7 +3,7 @@
 """An evaluator that shows score metrics the model's raw scores."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, Literal, cast
 
@@ -128,8 +128,9 @@ class RawScoreEvaluator(Evaluator):
     ) -> None:
         """Update the metrics of validation, after the post-processor has restricted the batch to its region."""
         del trainer, outputs, args, kwargs
-        for metric in self.val_metrics:
-            _update(metric, batch, _region_of(pl_module))
+        for metrics, part in self._by_product(list(self.val_metrics), batch):
+            for metric in metrics:
+                _update(metric, part, _region_of(pl_module))
 
     def on_test_batch_end(
         self,
@@ -155,17 +156,18 @@ class RawScoreEvaluator(Evaluator):
         self._update([metric for metric in self._test_metrics if _is_score_metric(metric)], batch, region)
 
     def _update(self, metrics: list[Any], batch: Any, region: Any) -> None:
-        """Update metrics of all images with a batch, and those of a product with its images."""
-        self._update_all([metric for metric in metrics if not hasattr(metric, "product")], batch, region)
-        if not self.products:
-            return
-        products = find_products(batch.image_path, self.products)
+        for own, part in self._by_product(metrics, batch):
+            self._update_together(own, part, region)
+
+    def _by_product(self, metrics: list[Any], batch: Any) -> Iterator[tuple[list[Any], Any]]:
+        """Metrics of all images with a batch, and those of each product with its images."""
+        yield [metric for metric in metrics if not hasattr(metric, "product")], batch
+        products = find_products(batch.image_path, self.products) if self.products else []
         for index in set(products):
             own = [metric for metric in metrics if getattr(metric, "product", None) == self.products[index]]
-            part = _select(batch, [place for place, product in enumerate(products) if product == index])
-            self._update_all(own, part, region)
+            yield own, _select(batch, [place for place, product in enumerate(products) if product == index])
 
-    def _update_all(self, metrics: list[Any], batch: Any, region: Any) -> None:
+    def _update_together(self, metrics: list[Any], batch: Any, region: Any) -> None:
         resize = self.pixel_size == "original" and batch.gt_mask is not None
         of_pixels = [metric for metric in metrics if resize and "gt_mask" in metric.fields]
         for metric in metrics:

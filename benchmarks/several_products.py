@@ -21,10 +21,9 @@ from anomalib_recon.metrics import RawScoreEvaluator
 from anomalib_recon.models import SAAE, FeatureInpainting
 from anomalib_recon.post_processing import FalsePositiveRatePostProcessor, ProductPostProcessor
 
-SIDE = 224
 MODELS = {
-    "FeatureInpainting": (FeatureInpainting, {}, 1),
     "SAAE": (SAAE, {"learning_rate": 1e-3}, 10),
+    "FeatureInpainting": (FeatureInpainting, {}, 1),
 }
 
 
@@ -35,7 +34,7 @@ def train(name: str, options: argparse.Namespace, root: Path, products: list[str
     model = model_class(
         backbone=options.backbone,
         backbone_weights=options.weights,
-        image_size=SIDE,
+        image_size=options.image_size,
         post_processor=post_processor,
         evaluator=RawScoreEvaluator(products=products),
         visualizer=False,
@@ -66,6 +65,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backbone", default="vit_tiny_patch16_224")
     parser.add_argument("--weights", type=Path)
+    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--output", type=Path, default=Path("several_products"))
     options = parser.parse_args()
     products = list(CATEGORIES)
@@ -73,7 +74,7 @@ def main() -> None:
         datamodule = DemoAD(root=options.output / "DemoAD", category=product)
         datamodule.prepare_data()
     rows = []
-    for name in MODELS:
+    for name in options.models:
         together = train(name, options, datamodule.root, products, ProductPostProcessor(products))
         common = train(name, options, datamodule.root, products, FalsePositiveRatePostProcessor())
         for product in products:

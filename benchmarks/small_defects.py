@@ -19,6 +19,7 @@ from PIL import Image
 from scipy import ndimage
 from torchvision.transforms.v2 import Resize
 
+from anomalib_recon.metrics import AUROC, RawScoreEvaluator
 from anomalib_recon.models import FeatureInpainting
 from anomalib_recon.pre_processing import ExactResizePreProcessor
 
@@ -65,6 +66,7 @@ def measure(root: Path, backbone: str, weights: Path | None, side: int, network_
         image_size=network_side,
         pre_processor=ExactResizePreProcessor(Resize((side, side), antialias=True)),
         top_fraction=1e-4,
+        evaluator=RawScoreEvaluator(test_metrics=AUROC(fields=["pred_score", "gt_label"], prefix="image_")),
         visualizer=False,
     )
     tiles = [TilerConfigurationCallback(enable=True, tile_size=TILE, stride=TILE)] if has_tiles else []

@@ -23,6 +23,13 @@ from PIL import Image
 
 from anomalib_recon.config_files import config_path
 from anomalib_recon.data import DemoAD
+from anomalib_recon.experiments.compare.training_images import (
+    oddest,
+    score_training_images,
+    short_names,
+    training_picture,
+)
+from anomalib_recon.files import write_whole
 from anomalib_recon.visualization import ReconstructionVisualizer
 
 SEED = 0
@@ -63,6 +70,22 @@ def predict_with_openvino(model: Path, images: Path, output: Path) -> None:
         picture.save(output / name.replace("/", "_"))
 
 
+def show_training_images(training: AnomalibCLI, output: Path) -> None:
+    """Name the training images with the highest scores, and save a picture of them and of all scores.
+
+    Args:
+        training (AnomalibCLI): The training.
+        output (Path): PNG file.
+    """
+    datamodule = training.datamodule
+    scores = score_training_images(training.model, datamodule.train_data, datamodule.eval_batch_size)
+    names = short_names(scores.paths)
+    print(f"\n{'oddest training images':<28} raw score")
+    for index in oddest(scores):
+        print(f"{names[index]:<28} {scores.scores[index]:.3g}")
+    write_whole(output, training_picture(scores))
+
+
 def main(args: Sequence[str] = ()) -> dict[str, float]:
     """Run the whole course of a model.
 
@@ -82,6 +105,8 @@ def main(args: Sequence[str] = ()) -> dict[str, float]:
     assert isinstance(checkpoint, ModelCheckpoint)
     assert isinstance(training.datamodule, DemoAD)
 
+    training_images = folder / "training_images.png"
+    show_training_images(training, training_images)
     export = ("export", "--model", "InTra", "--ckpt_path", checkpoint.best_model_path, "--export_type", "openvino")
     run(*export, "--export_root", str(folder))
     exported = folder / "weights" / "openvino" / "model.xml"
@@ -91,6 +116,7 @@ def main(args: Sequence[str] = ()) -> dict[str, float]:
     print(f"\nDone in {(time.monotonic() - start) / 60:.1f} minutes.")
     for name, value in metrics.items():
         print(f"{name:<16} {value:.3f}")
+    print(f"training images  {training_images}")
     print(f"pictures         {folder / 'images'}\ncheckpoint       {checkpoint.best_model_path}")
     print(f"OpenVINO model   {exported}\nits pictures     {folder / 'openvino_images'}")
     return metrics

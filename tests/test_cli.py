@@ -12,13 +12,14 @@ import pytest
 import yaml
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
-from anomalib.pipelines.tiled_ensemble import EvalTiledEnsemble, TrainTiledEnsemble
 from jsonargparse import Namespace
 from sklearn.metrics import roc_auc_score
 
 from anomalib_recon.experiments.compare.benchmark import MixedBenchmark
+from anomalib_recon.experiments.tiled_ensemble import EvalTiledEnsemble, TrainTiledEnsemble
 from anomalib_recon.models import InTra
 from tests.conftest import write_stripes
+from tests.tiny_models import TINY
 
 SMALL = {"patch_size": 8, "window_size": 5, "embed_dim": 16, "depth": 2, "num_heads": 2, "windows_per_image": 10}
 # the loss of an untrainable network does not fall, so that training ends by itself
@@ -73,16 +74,8 @@ def test_benchmark_compares_our_models_with_built_in_ones(
     assert 0 <= results.loc["InTra", "pixel_AUPRO"] <= 1
 
 
-class SmallInTra(InTra):
-    """InTra with other defaults, as anomalib 2.7's tiled ensemble fails for any model that is given ``init_args``."""
-
-    def __init__(self, **kwargs) -> None:
-        super().__init__(**{**SMALL, "windows_per_image": 50, "learning_rate": 2e-3, **kwargs})
-
-
 def test_tiled_ensemble_trains_and_evaluates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("anomalib.models.SmallInTra", SmallInTra, raising=False)
     write_stripes(tmp_path / "data", size=(128, 64))
     data = data_config(tmp_path / "data")
     data["init_args"] |= {"val_split_mode": "same_as_test", "test_split_mode": "from_dir"}
@@ -96,16 +89,17 @@ def test_tiled_ensemble_trains_and_evaluates(tmp_path: Path, monkeypatch: pytest
         "thresholding_stage": "image",
         "SeamSmoothing": {"apply": False, "sigma": 2, "width": 0.1},
         "TrainModels": {
-            "model": {"class_path": "SmallInTra"},
-            "trainer": {"max_epochs": 2},
+            "model": {"class_path": "FeatureInpainting", "init_args": TINY["FeatureInpainting"]},
+            "trainer": {"max_epochs": 1},
         },
     }
     (tmp_path / "ensemble.yaml").write_text(yaml.safe_dump(config))
-    TrainTiledEnsemble().run(Namespace(config=tmp_path / "ensemble.yaml"))
-    results = tmp_path / "results" / "SmallInTra" / "MVTecAD" / "stripes" / "latest"
+    arguments = Namespace(config=tmp_path / "ensemble.yaml")
+    TrainTiledEnsemble().run(arguments)
+    results = tmp_path / "results" / "FeatureInpainting" / "MVTecAD" / "stripes" / "latest"
     assert len(list((results / "weights" / "lightning").glob("model*.ckpt"))) == 2
     assert json.loads((results / "weights" / "lightning" / "stats.json").read_text())
-    EvalTiledEnsemble(results.resolve()).run(Namespace(config=tmp_path / "ensemble.yaml"))
+    EvalTiledEnsemble(results.resolve()).run(arguments)
     row = pd.read_csv(next(results.resolve().rglob("metric_results.csv"))).iloc[0]
     assert 0 <= row["pixel_AUROC"] <= 1
 

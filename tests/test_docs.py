@@ -140,7 +140,7 @@ def parse_module(module: str, *arguments: str) -> None:
         options, further = compare.build_parser().parse_known_args(arguments)
         assert options.config.is_file()
         parse_anomalib(["train", "--model", "InTra", "--data", "DemoAD", *further])
-    elif module == "anomalib_recon.experiments.compare.benchmark":
+    elif module in {"anomalib_recon.experiments.compare.benchmark", "anomalib_recon.experiments.tiled_ensemble"}:
         assert Path(arguments[arguments.index("--config") + 1]).is_file()
     elif module.startswith("benchmarks."):
         script = ROOT.joinpath(*module.split(".")).with_suffix(".py").read_text()

@@ -77,8 +77,9 @@ def train(
 def hardware(trainer: Trainer) -> str:
     """What a trainer runs on, in words."""
     device = trainer.strategy.root_device
-    if device.type == "cuda":
-        return f"{trainer.world_size} x {torch.cuda.get_device_name(device)}"
+    if device.type != "cpu":
+        name = getattr(torch.get_device_module(device), "get_device_name", lambda device: device.type)
+        return f"{trainer.world_size} x {name(device)}"
     return f"{platform.machine()}, {os.cpu_count()} cores"
 
 

@@ -9,6 +9,7 @@ from .dense_features import create_dense_features, vision_transformer_blocks
 from .feature_scale import FeatureScale, ScaleBy
 from .residual_distance import ResidualDistance
 from .resize import AntialiasResize
+from .tiling import Tiling, tiler_arguments
 from .top_mean import TopMean
 from .whitening import PrincipalWhitening, Whitening
 
@@ -21,6 +22,7 @@ __all__ = [
     "PrincipalWhitening",
     "ResidualDistance",
     "ScaleBy",
+    "Tiling",
     "TopMean",
     "Whitening",
     "check_finite",
@@ -29,5 +31,6 @@ __all__ = [
     "create_backbone",
     "create_dense_features",
     "stage_strides",
+    "tiler_arguments",
     "vision_transformer_blocks",
 ]

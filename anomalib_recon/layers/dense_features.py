@@ -156,13 +156,13 @@ class RegionalFeatures(nn.Module):
     def _average(self, maps: Tensor) -> Tensor:
         """Enlarge and average maps, ``(B, C, h, w) -> (B, C, H_0, W_0)``."""
         rows, cols = (
-            _region_weights(*sizes).to(maps.device)
+            _region_weights(*sizes, maps.device)
             for sizes in zip(maps.shape[-2:], self.image_size, self.grid_size, strict=True)
         )
         return rows @ maps @ cols.mT
 
 
-def _region_weights(map_size: int, image_size: int, num_regions: int) -> Tensor:
+def _region_weights(map_size: int, image_size: int, num_regions: int, device: torch.device) -> Tensor:
     """Weigh every cell of a map for every region, along one axis.
 
     Both steps are linear and separable, so that a small matrix for each axis does them without the enlarged map.
@@ -170,7 +170,8 @@ def _region_weights(map_size: int, image_size: int, num_regions: int) -> Tensor:
     Returns:
         Tensor: Weights of shape ``(num_regions, map_size)``; each row sums to one.
     """
-    enlarged = functional.interpolate(torch.eye(map_size)[None], size=image_size, mode="linear", align_corners=False)
+    cells = torch.eye(map_size, device=device)[None]
+    enlarged = functional.interpolate(cells, size=image_size, mode="linear", align_corners=False)
     return enlarged[0].unflatten(1, (num_regions, -1)).mean(dim=2).T
 
 

@@ -70,12 +70,13 @@ class _ScoreCurve(Metric):
         """
         raise NotImplementedError
 
-    def update(self, scores: torch.Tensor, target: torch.Tensor) -> None:
+    def update(self, scores: torch.Tensor, target: torch.Tensor, region: torch.Tensor | None = None) -> None:
         """Add a batch.
 
         Args:
             scores: Raw scores ``(B,)`` or maps ``(B, H, W)`` or ``(B, 1, H, W)``, of any offset and scale.
             target: Ground truth with as many values as ``scores``, 0 for normal.
+            region: Which pixels of maps count, boolean ``(H, W)``; the others must be normal. ``None`` stands for all.
 
         Raises:
             ValueError: If a score is not finite or the two do not hold equally many values.
@@ -97,7 +98,8 @@ class _ScoreCurve(Metric):
             raise ValueError(msg)
         anomalous = target.cpu().bool()
         weights = torch.stack([(~anomalous).double().flatten(), self.anomalous_weights(anomalous).flatten()], dim=1)
-        self.table.append(torch.cat([score[:, None], weights.to(device)], dim=1))
+        rows = torch.cat([score[:, None], weights.to(device)], dim=1)
+        self.table.append(rows if region is None else rows[region.to(device).expand_as(scores).flatten()])
         if sum(len(rows) for rows in self.table) > 2 * self.max_points:
             rows = torch.cat([rows.to(device) for rows in self.table])
             self.table = [torch.from_numpy(_compress(rows.cpu().numpy(), self.max_points)).to(device)]

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from anomalib import LearningType
-from anomalib.data import AnomalibDataset, Batch
+from anomalib.data import AnomalibDataset, Batch, InferenceBatch
 from anomalib.data.utils import LabelName
+from anomalib.data.utils.tiler import Tiler
 from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
@@ -28,11 +29,13 @@ from anomalib.utils.config import to_tuple
 from anomalib.visualization import ImageVisualizer, Visualizer
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torchvision.transforms.v2 import Normalize, Resize
 
-from anomalib_recon.layers import check_whole
+from anomalib_recon.layers import check_whole, tiler_arguments
 from anomalib_recon.metrics import RawScoreEvaluator
+from anomalib_recon.post_processing import RegionPostProcessor
 from anomalib_recon.pre_processing import ExactResizePreProcessor, flatten_transform
 from anomalib_recon.training import (
     EndOfFit,
@@ -56,6 +59,10 @@ else:
 NUM_CHANNELS = 3
 # anomalib's tiled ensemble builds a model for images of this size only to ask it for its evaluator
 PROBE_SIZE = (10, 10)
+
+
+# where a checkpoint says how images are cut into tiles
+TILER = "anomalib_recon_tiler"
 
 
 class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # to_onnx as anomalib's
@@ -108,6 +115,9 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
             evaluator=evaluator,
             visualizer=visualizer,
         )
+        for name, value in self.hparams.items():
+            if OmegaConf.is_config(value):  # from anomalib's `get_model`; in a checkpoint it would be no plain data
+                self.hparams[name] = OmegaConf.to_container(value)
         self.hparams["image_size"] = size  # anomalib has saved the argument
 
     @classmethod
@@ -124,23 +134,26 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
             tuple[int, int]: Height and width.
 
         Raises:
-            ValueError: If the two sizes disagree, the size is not positive, or the pre-processor normalises images.
+            ValueError: If images are smaller than ``image_size``, this is not positive, or the pre-processor normalises
+                images.
         """
         transform = getattr(pre_processor, "transform", None)
         if any(isinstance(part, Normalize) for part in flatten_transform(transform)):
             msg = "pre_processor must leave images in [0, 1], got one with Normalize; the model normalises itself."
             raise ValueError(msg)
-        # a transform that resizes makes even a single pixel that large
-        resized = tuple(transform(torch.zeros(1, NUM_CHANNELS, 1, 1)).shape[-2:]) if transform else (1, 1)
+        resized = _resized(pre_processor)
+        if resized == PROBE_SIZE:
+            resized = (1, 1)
         if image_size is None:
-            return cls.default_image_size if resized in {(1, 1), PROBE_SIZE} else resized
+            return cls.default_image_size if resized == (1, 1) else resized
         try:
             size = to_tuple(image_size)  # type: ignore[arg-type]
             check_whole(height=size[0], width=size[1])
         except (TypeError, ValueError) as error:
             msg = f"image_size must be positive, got {image_size}; pass a whole number of pixels, or two."
             raise ValueError(msg) from error
-        if resized not in {(1, 1), size}:
+        has_tiles = all(side >= tile for side, tile in zip(resized, size, strict=True))
+        if resized != (1, 1) and not has_tiles:
             msg = f"image_size must be the size that pre_processor resizes to, got {size} and {resized}; leave one out."
             raise ValueError(msg)
         return size
@@ -166,6 +179,10 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
         """
         return ExactResizePreProcessor(Resize(image_size or cls.default_image_size, antialias=True))
 
+    def configure_post_processor(self) -> RegionPostProcessor:
+        """Post-processor of anomalib, which takes a region of interest from a checkpoint that has one."""
+        return RegionPostProcessor()
+
     @staticmethod
     def configure_evaluator() -> RawScoreEvaluator:
         """Image and pixel AUROC and F1 score, and pixel AUPRO, on raw scores."""
@@ -185,6 +202,44 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
     def learning_type(self) -> LearningType:
         """One-class: trained on normal images."""
         return LearningType.ONE_CLASS
+
+    # --- tiles
+
+    @property
+    def tiler(self) -> Tiler | None:
+        """What cuts images into tiles, if anomalib's ``TilerConfigurationCallback`` or a checkpoint has set it."""
+        return getattr(self.model, "tiler", None)
+
+    def tiles(self, batch: Batch) -> Tensor:
+        """Images of a batch, or their tiles.
+
+        Args:
+            batch (Batch): Batch of B pre-processed images.
+
+        Returns:
+            Tensor: Images of shape ``(B, 3, H, W)``, or n tiles of each, ``(B * n, 3, h, w)``.
+        """
+        images = cast("Tensor", batch.image)
+        return images if self.tiler is None else self.model.tile(images)
+
+    def check_tiles(self) -> None:
+        """Compare the sizes of images, tiles and network, before anything is computed.
+
+        Raises:
+            ValueError: If they do not fit.
+        """
+        size = self.hparams["image_size"]
+        tile = None if self.tiler is None else (self.tiler.tile_size_h, self.tiler.tile_size_w)
+        resized = _resized(self.pre_processor)
+        if tile is None and resized not in {(1, 1), size}:
+            msg = (
+                f"pre_processor resizes images to {resized}, but image_size is {size}; for tiles of that size pass "
+                "TilerConfigurationCallback(enable=True, tile_size=..., stride=...), or leave image_size out."
+            )
+            raise ValueError(msg)
+        if tile not in {None, size}:
+            msg = f"tile_size must be the image_size of the model, got {tile} and {size}; a tile is what it sees."
+            raise ValueError(msg)
 
     # --- fit
 
@@ -225,7 +280,7 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
 
     def start_features(self, batch: Batch) -> Tensor:
         """Compute what :meth:`start` needs of a batch of pre-processed images; by default ``embed`` does."""
-        return self.model.embed(cast("Tensor", batch.image))
+        return self.model.embed(self.tiles(batch))
 
     def start(self, features: Iterable[Tensor]) -> None:
         """Fit to the features what comes before training; called for models with a ``feature_cache``.
@@ -302,12 +357,30 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
                 ``reconstruction`` of shape ``(B, 3, H, W)`` with values in [0, 1].
         """
         del args, kwargs
-        target = self.model.embed(batch.image)
+        target = self.model.embed(self.tiles(batch))
         reconstruction = self.model.reconstruct(target)
-        scored = batch.update(**self.model.compare(target, reconstruction)._asdict())
-        if hasattr(self.model, "picture"):
+        return self.scored(batch, self.model.compare(target, reconstruction), reconstruction)
+
+    def scored(self, batch: Batch, predictions: InferenceBatch, reconstruction: Any) -> STEP_OUTPUT:
+        """Give a batch the predictions of its images, or of their tiles.
+
+        Args:
+            batch (Batch): Batch of B pre-processed images.
+            predictions (InferenceBatch): What ``compare`` returned.
+            reconstruction (Any): What ``reconstruct`` returned.
+
+        Returns:
+            STEP_OUTPUT: The batch.
+        """
+        has_picture = hasattr(self.model, "picture")
+        picture = self.model.picture(reconstruction) if has_picture else None
+        if self.tiler is not None:
+            predictions = self.model.untile(predictions)
+            picture = self.model.untile_images(picture) if has_picture else None
+        scored = batch.update(**predictions._asdict())
+        if has_picture:
             # on the CPU: Lightning does not move it, and batches that `predict` collects keep it
-            scored.reconstruction = self.model.picture(reconstruction).cpu()
+            scored.reconstruction = cast("Tensor", picture).cpu()
         return scored
 
     def test_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -338,6 +411,16 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
             kwargs = {"pre_trained": False, "backbone_weights": None, **kwargs}
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save how images are cut into tiles, too.
+
+        Args:
+            checkpoint (dict[str, Any]): The checkpoint.
+        """
+        super().on_save_checkpoint(checkpoint)
+        if self.tiler is not None:
+            checkpoint[TILER] = tiler_arguments(self.tiler)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that does not fit.
 
@@ -360,6 +443,8 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
             )
             raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
+        if TILER in checkpoint and self.tiler is None:
+            self.model.tiler = Tiler(**checkpoint[TILER])
 
     def refuse_other_networks(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another network.
@@ -373,6 +458,14 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
         free = {"pre_trained", "backbone_weights", *self.free_arguments}
         names = [name for name in _arguments_of(self.network) if name not in free]
         refuse_other_networks(checkpoint, type(self).__name__, self.hparams, names)
+
+
+def _resized(pre_processor: Any) -> tuple[int, int]:
+    """The size to which a pre-processor resizes images, or 1 x 1 if it does not."""
+    transform = getattr(pre_processor, "transform", None)
+    # a transform that resizes makes even a single pixel that large
+    height, width = transform(torch.zeros(1, NUM_CHANNELS, 1, 1)).shape[-2:] if transform else (1, 1)
+    return height, width
 
 
 def _arguments_of(function: Any) -> list[str]:

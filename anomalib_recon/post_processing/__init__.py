@@ -3,5 +3,7 @@
 """Post-processors of anomaly scores, for our models and anomalib's."""
 
 from .post_processor import FalsePositiveRatePostProcessor
+from .product_post_processor import ProductPostProcessor
+from .region_post_processor import RegionPostProcessor
 
-__all__ = ["FalsePositiveRatePostProcessor"]
+__all__ = ["FalsePositiveRatePostProcessor", "ProductPostProcessor", "RegionPostProcessor"]

@@ -61,9 +61,10 @@ class HighestScores:
         """Merge what all processes hold, so that they agree."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
-        own = torch.tensor([self.count, self.lowest, self._highest_dropped], device=self.highest.device).double()
-        counts, lowest, dropped = torch.stack(gather_all_tensors(own)).unbind(dim=1)
-        self.count, self.lowest, self._highest_dropped = int(counts.sum()), float(lowest.min()), float(dropped.max())
+        counts = gather_all_tensors(torch.tensor(self.count, device=self.highest.device))
+        own = torch.tensor([self.lowest, self._highest_dropped], device=self.highest.device)
+        lowest, dropped = torch.stack(gather_all_tensors(own)).unbind(dim=1)
+        self.count, self.lowest, self._highest_dropped = int(sum(counts)), float(lowest.min()), float(dropped.max())
         self.highest = torch.cat(gather_all_tensors(self.highest))
 
     def threshold(self, rate: float) -> float:

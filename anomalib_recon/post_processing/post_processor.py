@@ -18,13 +18,13 @@ Paper:
 """
 
 from pathlib import Path
+from types import EllipsisType
 from typing import Any, Literal, cast
 
 import torch
 from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, AnomalibDataset
 from anomalib.models import AnomalibModule
-from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
@@ -33,9 +33,10 @@ from torch import Tensor
 from anomalib_recon.training import normal_images, score_images
 
 from .highest_scores import HighestScores
+from .region_post_processor import RegionPostProcessor
 
 
-class FalsePositiveRatePostProcessor(PostProcessor):
+class FalsePositiveRatePostProcessor(RegionPostProcessor):
     """Set the thresholds so that at most a chosen fraction of the normal pixels and images is called anomalous.
 
     When a training has ended, the normal images are scored once more, as in a test. Each threshold is the lowest for
@@ -68,9 +69,14 @@ class FalsePositiveRatePostProcessor(PostProcessor):
             Defaults to ``"train"``.
         enable_normalization (bool): Normalise scores. Otherwise they stay raw, as do the thresholds.
             Defaults to ``True``.
+        region (list[tuple[float, float]] | Path | str | None): Where anomalies count; see :class:`RegionPostProcessor`.
+            Rates are then those of the pixels inside.
+            Defaults to ``None``, the whole image.
+        top_fraction (float): Share of the region whose mean is the image's score; see :class:`RegionPostProcessor`.
+            Defaults to ``0.0``, the maximum.
 
     Raises:
-        ValueError: If a rate is not in (0, 1) or the split is unknown.
+        ValueError: If a rate is not in (0, 1), the split is unknown, or the region cannot be used.
     """
 
     def __init__(
@@ -79,8 +85,10 @@ class FalsePositiveRatePostProcessor(PostProcessor):
         image_fpr: float = 0.05,
         split: Literal["train", "val"] = "train",
         enable_normalization: bool = True,
+        region: list[tuple[float, float]] | Path | str | None = None,
+        top_fraction: float = 0.0,
     ) -> None:
-        super().__init__(enable_normalization=enable_normalization)
+        super().__init__(region, top_fraction, enable_normalization=enable_normalization)
         for name, rate in (("pixel_fpr", pixel_fpr), ("image_fpr", image_fpr)):
             if not 0 < rate < 1:
                 msg = f"{name} must lie between 0 and 1, got {rate}; 0.005 calls 0.5 % of what is normal anomalous."
@@ -113,6 +121,7 @@ class FalsePositiveRatePostProcessor(PostProcessor):
         Raises:
             ValueError: If the model has no training.
         """
+        super().setup(trainer, pl_module, stage)
         self._limit_val_batches = trainer.limit_val_batches
         datamodule = getattr(trainer, "datamodule", None)
         if stage == "fit" and isinstance(datamodule, AnomalibDataModule) and not hasattr(datamodule, "val_data"):
@@ -133,8 +142,12 @@ class FalsePositiveRatePostProcessor(PostProcessor):
         """
         self._normal_images(trainer, cast("AnomalibModule", pl_module))
 
-    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Leave the validation images alone, from which the parent would compute its thresholds."""
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Restrict the validation images to the region; the parent would compute its thresholds from them, too."""
+        del trainer, pl_module, args, kwargs
+        self.restrict(outputs)
 
     def on_validation_epoch_end(self, *args: Any, **kwargs: Any) -> None:
         """Leave the thresholds alone, which the parent would set."""
@@ -170,17 +183,26 @@ class FalsePositiveRatePostProcessor(PostProcessor):
 
     def _set_thresholds(self, trainer: Trainer, module: AnomalibModule) -> None:
         """Set thresholds and normalisation from the scores of the normal images."""
-        dataset = self._normal_images(trainer, module)
+        self._set_from(trainer, module, self._normal_images(trainer, module))
+
+    def _set_from(
+        self, trainer: Trainer, module: AnomalibModule, dataset: AnomalibDataset, place: int | EllipsisType = ...
+    ) -> None:
+        """Set thresholds and normalisation, or one place in them, from the scores of images."""
         images = HighestScores(self.image_fpr, len(dataset), module.device)
         pixels = HighestScores(self.pixel_fpr, len(dataset), module.device)
         for batch in score_images(trainer, module, dataset):
-            for scores, new in ((images, batch.pred_score), (pixels, batch.anomaly_map)):
+            self.restrict(batch)
+            inside = self.inside(batch)
+            for scores, new in ((images, inside.pred_score), (pixels, inside.anomaly_map)):
                 if new is not None:
                     scores.update(new)
-        self._set("image", images, self.image_fpr)
-        self._set("pixel", pixels, self.pixel_fpr)
+        self._set("image", images, self.image_fpr, place)
+        self._set("pixel", pixels, self.pixel_fpr, place)
 
-    def _set(self, kind: Literal["image", "pixel"], scores: HighestScores, rate: float) -> None:
+    def _set(
+        self, kind: Literal["image", "pixel"], scores: HighestScores, rate: float, place: int | EllipsisType
+    ) -> None:
         scores.gather()
         if scores.count == 0:  # a model without maps
             return
@@ -190,9 +212,9 @@ class FalsePositiveRatePostProcessor(PostProcessor):
                 "highest score."
             )
         threshold = scores.threshold(rate)
-        getattr(self, f"_{kind}_threshold").fill_(threshold)
-        getattr(self, f"{kind}_min").fill_(scores.lowest)
-        getattr(self, f"{kind}_max").fill_(2 * threshold - scores.lowest)
+        getattr(self, f"_{kind}_threshold")[place] = threshold
+        getattr(self, f"{kind}_min")[place] = scores.lowest
+        getattr(self, f"{kind}_max")[place] = 2 * threshold - scores.lowest
 
     def _normal_images(self, trainer: Trainer, module: AnomalibModule) -> AnomalibDataset:
         dataset = getattr(trainer.datamodule, f"{self.split}_data", None)  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ from .feature_cache import FeatureBatch, FeatureCache
 from .guards import FiniteLoss, ReadableImages
 from .held_out import HeldOutImages
 from .images import check_training_files, evaluation, map_images, normal_images, own_share, score_images
+from .products import check_products, find_products
 from .schedule import one_cycle
 
 __all__ = [
@@ -18,8 +19,10 @@ __all__ = [
     "HeldOutImages",
     "RandomState",
     "ReadableImages",
+    "check_products",
     "check_training_files",
     "evaluation",
+    "find_products",
     "load_checkpoint",
     "map_images",
     "normal_images",

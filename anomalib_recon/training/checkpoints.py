@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 
 def refuse_other_networks(
@@ -73,7 +74,7 @@ class RandomState(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Save the state of the random number generators."""
-        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+        return {"cpu": torch.get_rng_state(), "accelerator": _accelerator_states()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the run starts."""
@@ -85,5 +86,25 @@ class RandomState(Callback):
         saved, self._saved = self._saved, {}
         if saved:
             torch.set_rng_state(saved["cpu"].cpu())
-            if len(saved["cuda"]) == torch.cuda.device_count():
-                torch.cuda.set_rng_state_all([state.cpu() for state in saved["cuda"]])
+            _set_accelerator_states([state.cpu() for state in saved.get("accelerator", [])])
+
+
+def _accelerator_states() -> list[Tensor]:
+    """State of the generator of each accelerator, if there is one of any kind."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return []
+    generators: Any = torch.get_device_module(accelerator)
+    # that of Apple has one device, and no function for all
+    return generators.get_rng_state_all() if hasattr(generators, "get_rng_state_all") else [generators.get_rng_state()]
+
+
+def _set_accelerator_states(states: list[Tensor]) -> None:
+    """Restore what :func:`_accelerator_states` gave, if there are as many accelerators."""
+    if not states or len(states) != torch.accelerator.device_count():
+        return
+    generators: Any = torch.get_device_module(torch.accelerator.current_accelerator())
+    if hasattr(generators, "set_rng_state_all"):
+        generators.set_rng_state_all(states)
+    else:
+        generators.set_rng_state(states[0])

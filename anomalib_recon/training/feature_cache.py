@@ -157,7 +157,8 @@ class FeatureCache(Callback):
         return _NormalFeatures(lambda: self._normal_features(trainer, module, dataset))
 
     def _prepare(self, trainer: Trainer, module: Any, datamodule: Any) -> None:
-        obstacle = self._obstacle or _find_obstacle(trainer, datamodule, module)
+        tiles = None if module.tiler is None else "images are cut into tiles"
+        obstacle = self._obstacle or tiles or _find_obstacle(trainer, datamodule, module)
         if obstacle is None:
             module.to(trainer.strategy.root_device)
             obstacle = self._fill(trainer, module, datamodule.train_data)

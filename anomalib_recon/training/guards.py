@@ -89,11 +89,12 @@ class ReadableImages(Callback):
         """Decode the training and validation images and look at their labels, before a long training.
 
         Raises:
-            ValueError: If an image cannot be used, or the model cannot be trained on this set.
+            ValueError: If an image cannot be used, the model cannot be trained on this set, or tiles do not fit.
         """
         datamodule: Any = getattr(trainer, "datamodule", None)
+        module: Any = pl_module
+        module.check_tiles()
         if stage == "fit" and datamodule is not None:
-            module: Any = pl_module
             check_training_files(datamodule, module)
             module.check_training_set(datamodule.train_data)
 

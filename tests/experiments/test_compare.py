@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
+import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import anomalib.models
@@ -10,7 +12,7 @@ import pandas as pd
 import pytest
 import yaml
 from anomalib.cli.cli import AnomalibCLI
-from anomalib.data import get_datamodule
+from anomalib.data import MVTecAD, get_datamodule
 from anomalib.models import AnomalibModule, get_model
 from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
 from PIL import Image
@@ -21,6 +23,13 @@ from anomalib_recon.experiments.compare.__main__ import main
 from anomalib_recon.experiments.compare.plots import chosen_cases
 from anomalib_recon.experiments.compare.runs import read_runs
 from anomalib_recon.experiments.compare.scores import Scores
+from anomalib_recon.experiments.compare.training_images import (
+    oddest,
+    score_training_images,
+    short_names,
+    training_picture,
+)
+from tests.tiny_models import build, engine_in
 
 SMALL = {
     "image_size": 64, "patch_size": 8, "window_size": 5, "embed_dim": 16, "depth": 2, "num_heads": 2,
@@ -105,7 +114,7 @@ def test_the_report_stands_alone(output: Path, folder: Path) -> None:
     assert "small InTra &lt;1&gt;" in html
     assert "Not finished yet: other on stripes." in html
     links = re.findall(r"""(?:src|href|url\()\s*=?\s*["']?([^"'\s>)]+)""", html)
-    assert len(links) == 4  # speed, histograms, ROC curves, cases
+    assert len(links) == 5  # speed, histograms, ROC curves, cases, training images
     assert all(link.startswith("data:image/png;base64,") for link in links)
     text = re.sub(r"data:image/png;base64,[\w+/=]+", "", html)
     assert not re.search("//|@import|<script|<link", text)
@@ -155,6 +164,24 @@ def test_the_clearest_and_the_hardest_cases_are_shown() -> None:
         ("good, highest scores", 2), ("good, highest scores", 0),
         ("good, lowest scores", 4), ("good, lowest scores", 0),
     ]  # fmt: skip
+
+
+def test_a_defect_among_the_training_images_is_found(stripes: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(stripes, tmp_path / "data")
+    train = root / "stripes" / "train" / "good"
+    shutil.copy(root / "stripes" / "test" / "hole" / "000.png", train / "005.png")
+    datamodule = MVTecAD(root=root, category="stripes", train_batch_size=4, num_workers=0)
+    model = build("FeatureInpainting")
+    engine_in(tmp_path).fit(model, datamodule=datamodule)
+    scores = score_training_images(model, datamodule.train_data, batch_size=5)
+    assert [Path(path).name for path in scores.paths] == [f"{index:03d}.png" for index in range(12)]
+    [image] = [image for image in datamodule.train_data if Path(image.image_path).name == "003.png"]
+    assert scores.scores[3] == pytest.approx(float(model.model.eval()(image.image[None]).pred_score), rel=1e-4)
+    assert oddest(scores)[0] == 5
+    assert short_names(scores.paths)[5] == "good/005.png"
+    assert len(oddest(scores)) == 10
+    with Image.open(io.BytesIO(training_picture(scores))) as picture:
+        picture.verify()
 
 
 def test_a_comparison_without_models_is_refused(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ def png(figure: Figure, dpi: int = 130) -> bytes:
     return buffer.getvalue()
 
 
-def _clean(axis: Axes) -> None:
+def clean(axis: Axes) -> None:
+    """Leave out what a panel does not need."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8, colors=GREY)
 
@@ -52,7 +53,7 @@ def histograms(scores: Mapping[str, Scores], thresholds: Mapping[str, float]) ->
         panel.axvline(thresholds[model], color="black", linestyle="--", linewidth=1, label="threshold")
         panel.set_title(model, fontsize=10)
         panel.set_xlabel("raw score", fontsize=8, color=GREY)
-        _clean(panel)
+        clean(panel)
     panels[0].set_ylabel("images", fontsize=8, color=GREY)
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False
@@ -72,7 +73,7 @@ def roc_curves(scores: Mapping[str, Scores]) -> bytes:
     axis.set_xlabel("good images called defective", fontsize=9)
     axis.set_ylabel("defective images found", fontsize=9)
     axis.legend(fontsize=8, frameon=False, loc="lower right")
-    _clean(axis)
+    clean(axis)
     return png(figure)
 
 
@@ -111,7 +112,7 @@ def speed_against_accuracy(results: pd.DataFrame) -> bytes:
     axis.set_xlabel("milliseconds per image", fontsize=9)
     axis.set_ylabel("image AUROC", fontsize=9)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    _clean(axis)
+    clean(axis)
     axis.tick_params(axis="x", which="minor", labelsize=8, labelcolor=GREY)
     return png(figure)
 

@@ -15,6 +15,7 @@ from anomalib_recon.files import write_whole
 from .plots import histograms, roc_curves, speed_against_accuracy
 from .runs import Run
 from .scores import Scores
+from .training_images import oddest, short_names
 
 # column of results.csv, its heading, number format, and whether a higher value is better (None: neither)
 COLUMNS: tuple[tuple[str, str, str, bool | None], ...] = (
@@ -133,6 +134,7 @@ def write_report(runs: Sequence[Run], title: str, output: Path) -> Path:
             "histograms": _embed(pictures[f"{folder}-scores.png"]),
             "roc": _embed(pictures[f"{folder}-roc.png"]),
             "cases": [(model, _embed((run.folder / "cases.png").read_bytes())) for model, run in members.items()],
+            "training": [(model, *_training(run)) for model, run in members.items()],
         })  # fmt: skip
 
     environment = Environment(loader=PackageLoader(__package__, "."), autoescape=True, undefined=StrictUndefined)
@@ -154,6 +156,13 @@ def write_report(runs: Sequence[Run], title: str, output: Path) -> Path:
         write_whole(output / "formats.md", formats_tables(formats).encode())
     write_whole(output / "report.html", html.encode())
     return output / "report.html"
+
+
+def _training(run: Run) -> tuple[str, list[str]]:
+    """The picture of the training images of a run, and the names of the oddest."""
+    scores = Scores.read(run.folder / "training_scores.npz")
+    names = short_names([scores.paths[index] for index in oddest(scores)])
+    return _embed((run.folder / "training_images.png").read_bytes()), names
 
 
 def _embed(picture: bytes) -> str:

@@ -28,6 +28,7 @@ from anomalib_recon.metrics import RawScoreEvaluator
 from .formats import measure_formats
 from .plots import cases
 from .scores import Scores, openvino_megabytes, openvino_milliseconds, score, torch_milliseconds
+from .training_images import score_training_images, training_picture
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +81,8 @@ class Run:
     def run(self) -> None:
         """Train and measure the model unless that has been done; an interrupted training continues.
 
-        Leaves ``result.json``, ``scores.npz``, ``cases.png`` and the exported model in the folder, and ``formats.json``
-        if formats are measured.
+        Leaves ``result.json``, ``scores.npz``, ``cases.png``, ``training_scores.npz``, ``training_images.png`` and the
+        exported model in the folder, and ``formats.json`` if formats are measured.
         """
         run_once(self.folder, self.settings, self._train_and_measure)
 
@@ -95,6 +96,10 @@ class Run:
         threshold = cast("PostProcessor", trained.model.post_processor).image_threshold.item()
         write_whole(self.folder / "scores.npz", scores.to_bytes())
         write_whole(self.folder / "cases.png", cases(scores, maps, masks, threshold))
+        datamodule = trained.datamodule
+        training = score_training_images(trained.model, datamodule.train_data, datamodule.eval_batch_size)
+        write_whole(self.folder / "training_scores.npz", training.to_bytes())
+        write_whole(self.folder / "training_images.png", training_picture(training))
         device = trained.engine.trainer.strategy.root_device
         return {
             **metrics,

@@ -106,8 +106,8 @@ def torch_milliseconds(model: AnomalibModule, paths: Sequence[str], device: torc
 
     def infer(image: torch.Tensor) -> None:
         model(image.to(device))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
 
     with torch.inference_mode():
         return median_milliseconds([infer], paths)[0]

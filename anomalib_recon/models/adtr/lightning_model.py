@@ -18,7 +18,7 @@ See Also:
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from anomalib.data import AnomalibDataset, Batch
@@ -228,7 +228,7 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
 
     def start_features(self, batch: Batch) -> Tensor:
         """Features of a batch of images, before they are scaled."""
-        return self.model.extract(cast("Tensor", batch.image))
+        return self.model.extract(self.tiles(batch))
 
     def start(self, features: Iterable[Tensor]) -> None:
         """Take the scale of the features of the normal training images, unless ADTR+ has that of its ADTR.
@@ -264,13 +264,14 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
 
     def _anomalies(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, 3, H, W), masks (B, H, W) and labels (B,) of a batch, confetti included."""
-        images = cast("Tensor", batch.image)
+        images = self.tiles(batch)
         labels = torch.zeros(len(images), dtype=torch.bool, device=self.device)
         masks = torch.zeros_like(images[:, 0], dtype=torch.bool)
-        if batch.gt_label is not None:
-            labels = labels | batch.gt_label.bool()
         if batch.gt_mask is not None:
-            masks = masks | batch.gt_mask.bool()
+            given = batch.gt_mask.bool()
+            masks = masks | (given if self.tiler is None else self.tiler.tile(given[:, None].float())[:, 0].bool())
+        if batch.gt_label is not None:  # a tile is anomalous if its part of the mask is
+            labels = labels | (batch.gt_label.bool() if self.tiler is None else masks.flatten(1).any(dim=1))
         if self.confetti:
             seed = int(torch.randint(2**31, ())) + self.global_rank  # other confetti in each process
             noisy, drawn = self.confetti(images, torch.Generator().manual_seed(seed))
@@ -278,6 +279,17 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
             masks = masks | drawn & ~labels[:, None, None]
             labels = labels | drawn.any(dim=(1, 2))
         return images, masks, labels
+
+    def check_tiles(self) -> None:
+        """Compare the sizes of images, tiles and network.
+
+        Raises:
+            ValueError: If they do not fit, or anomalies are labelled by image.
+        """
+        super().check_tiles()
+        if self.tiler is not None and self.labels == "image":
+            msg = "labels='image' does not say which tile of an image is anomalous; pass labels='pixel', or no tiler."
+            raise ValueError(msg)
 
     def check_training_set(self, dataset: AnomalibDataset) -> None:
         """Compare the training set with ``labels``.

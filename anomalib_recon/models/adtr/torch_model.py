@@ -30,6 +30,7 @@ from anomalib_recon.layers import (
     FrozenBackbone,
     ResidualDistance,
     ScaleBy,
+    Tiling,
     check_finite,
     check_whole,
     stage_strides,
@@ -87,8 +88,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         """
         # PyTorch's forward puts the tokens before the batch, which takes copies of all three and of the result
         parts = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
-        heads = (functional.linear(*part).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
-        mixed = functional.scaled_dot_product_attention(*heads, attn_mask=bias)  # (B, heads, T, D / heads)
+        query, key, value = (
+            functional.linear(*part).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts
+        )
+        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)  # (B, heads, T, D / heads)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
 
@@ -184,7 +187,7 @@ class DecoderLayer(nn.Module):
         return self.norm3(query + self.dropout(self.feed_forward(query)))
 
 
-class ADTRModel(nn.Module):
+class ADTRModel(Tiling, nn.Module):
     """A frozen backbone's features, and the transformer that rebuilds them from a learned query.
 
     Args:
@@ -368,8 +371,8 @@ class ADTRModel(nn.Module):
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score images of shape ``(B, 3, H, W)`` with values in [0, 1]; see :meth:`compare`."""
-        features = self.embed(images)
-        return self.compare(features, self.reconstruct(features))
+        features = self.embed(self.tile(images))
+        return self.untile(self.compare(features, self.reconstruct(features)))
 
 
 def _check_hole(hole_size: int, grid_size: tuple[int, int], query: str, attention: str) -> None:

@@ -122,7 +122,7 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
 
     def start_features(self, batch: Batch) -> Tensor:
         """What the backbone makes of a batch of images."""
-        return self.model.backbone(cast("Tensor", batch.image))
+        return self.model.backbone(self.tiles(batch))
 
     def start(self, features: Iterable[Tensor]) -> None:
         """Fit all statistics.

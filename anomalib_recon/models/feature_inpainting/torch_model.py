@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from anomalib_recon.layers import (
     FeatureScale,
+    Tiling,
     TopMean,
     check_whole,
     create_dense_features,
@@ -42,7 +43,7 @@ from .context_regression import ContextRegression
 CNN_STRIDES = (4, 8, 16)
 
 
-class FeatureInpaintingModel(nn.Module):
+class FeatureInpaintingModel(Tiling, nn.Module):
     """A frozen backbone, and a prediction of its features from their surroundings.
 
     Args:
@@ -119,8 +120,8 @@ class FeatureInpaintingModel(nn.Module):
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score images of shape ``(B, 3, H, W)`` with values in [0, 1]; see :meth:`compare`."""
-        features = self.embed(images)
-        return self.compare(features, self.reconstruct(features))
+        features = self.embed(self.tile(images))
+        return self.untile(self.compare(features, self.reconstruct(features)))
 
     def embed(self, images: Tensor) -> Tensor:
         """Compute features, whitened: principal components of unit variance, the largest first.

@@ -188,7 +188,7 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
             **kwargs (Any): Not used.
         """
         del args, kwargs
-        images = cast("Tensor", batch.image)
+        images = self.tiles(batch)
         # all processes take as many optimiser steps as the one with most images
         counts = cast("Tensor", self.all_gather(torch.tensor(len(images), device=self.device)))
         num_windows = self.windows_per_image * int(counts.max())
@@ -243,7 +243,7 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
         """
         total = torch.zeros((), device=self.device)
         for image in images[self.trainer.global_rank :: self.trainer.world_size]:
-            patches = self.model.embed(image[None])
+            patches = self.model.embed(self.model.tile(image[None]))
             with self.trainer.precision_plugin.forward_context():
                 inpainted = self.model.reconstruct(patches)
             total += self.loss(self.model.pixels(patches), self.model.pixels(inpainted))
@@ -253,8 +253,10 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
         """Take the mean difference of the normal training images (eq. 17)."""
 
         def total_difference(batch: Any) -> Tensor:
-            patches = self.model.embed(batch.image)
-            return self.model.difference(patches, self.model.reconstruct(patches)).sum(dim=0, keepdim=True)
+            patches = self.model.embed(self.tiles(batch))
+            difference = self.model.difference(patches, self.model.reconstruct(patches))
+            of_tiles = difference.unflatten(0, (len(batch.image), -1))
+            return of_tiles.mean(dim=1).sum(dim=0, keepdim=True)
 
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         images = normal_images(datamodule.train_data, getattr(self.pre_processor, "transform", None))

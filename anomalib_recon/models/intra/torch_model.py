@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops import scan
 from torch.nn import functional
 
-from anomalib_recon.layers import check_whole
+from anomalib_recon.layers import Tiling, check_whole
 
 from .anomaly_map import AnomalyMapGenerator
 
@@ -160,7 +160,7 @@ class TransformerBlock(nn.Module):
         return tokens + self.mlp(self.mlp_norm(tokens))
 
 
-class InTraModel(nn.Module):
+class InTraModel(Tiling, nn.Module):
     """Inpainting transformer.
 
     Args:
@@ -258,8 +258,8 @@ class InTraModel(nn.Module):
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score images of shape ``(B, 3, H, W)`` with values in [0, 1] (section 3.5); see :meth:`compare`."""
-        patches = self.embed(images)
-        return self.compare(patches, self.reconstruct(patches))
+        patches = self.embed(self.tile(images))
+        return self.untile(self.compare(patches, self.reconstruct(patches)))
 
     def embed(self, images: Tensor) -> Tensor:
         """Cut images into patches (section 3.1).

@@ -18,7 +18,7 @@ See Also:
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from anomalib.data import AnomalibDataset, Batch
@@ -206,7 +206,7 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
 
     def start_features(self, batch: Batch) -> Tensor:
         """The stages of a batch of images, before they are scaled."""
-        return self.model.extract_stages(cast("Tensor", batch.image))
+        return self.model.extract_stages(self.tiles(batch))
 
     def start(self, features: Iterable[Tensor]) -> None:
         """Take mean and variance of each channel over the normal training images.
@@ -243,7 +243,7 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
             STEP_OUTPUT: The loss.
         """
         del args, kwargs
-        images = cast("Tensor", batch.image)
+        images = self.tiles(batch)
         seed = int(torch.randint(2**31, ())) + self.global_rank
         images, _ = self.defects(images, torch.Generator(self.device).manual_seed(seed))
         loss = self.loss(images, self.model.reconstruct(self.model.embed(images)))
@@ -259,7 +259,7 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
         # a process without an image repeats the first: a vector more than once changes no distance
         share = own_share(self.trainer, images)
         share = share if len(share) else images.subsample([0])
-        parts = map_images(self.trainer, self, share, lambda batch: self.model.embed(cast("Tensor", batch.image)))
+        parts = map_images(self.trainer, self, share, lambda batch: self.model.embed(self.tiles(batch)))
         vectors = torch.cat([part.float().movedim(1, -1).flatten(0, 2) for part in parts])  # (M, D)
         if self.trainer.world_size > 1:
             vectors = torch.cat(gather_all_tensors(vectors))
@@ -285,11 +285,9 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
             STEP_OUTPUT: The batch with ``pred_score``, ``anomaly_map`` and ``reconstruction``.
         """
         del args, kwargs
-        images = cast("Tensor", batch.image)
+        images = self.tiles(batch)
         codes = self.model.embed(images)
         reconstruction = self.model.reconstruct(codes)
         by_features = self.model.score_by == "features"
         predictions = self.model.compare(codes) if by_features else self.model.compare_pixels(images, reconstruction)
-        scored = batch.update(**predictions._asdict())
-        scored.reconstruction = self.model.picture(reconstruction).cpu()
-        return scored
+        return self.scored(batch, predictions, reconstruction)

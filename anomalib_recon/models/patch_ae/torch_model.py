@@ -29,6 +29,7 @@ from anomalib_recon.layers import (
     BackboneNormalize,
     FeatureScale,
     ScaleBy,
+    Tiling,
     Whitening,
     check_whole,
     create_backbone,
@@ -44,7 +45,7 @@ DEFAULT_NUM_STAGES = 4
 PROBE_SIZE = 64
 
 
-class PatchAEModel(nn.Module):
+class PatchAEModel(Tiling, nn.Module):
     """Auto-encoder of patches whose features are compared with those of normal images.
 
     The backbone stays in eval mode: the statistics of its batch normalisation are those of its weights. Its stages are
@@ -230,10 +231,11 @@ class PatchAEModel(nn.Module):
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score images of shape ``(B, 3, H, W)`` with values in [0, 1]; see :meth:`compare`."""
+        images = self.tile(images)
         codes = self.embed(images)
         if self.score_by == "features":
-            return self.compare(codes)
-        return self.compare_pixels(images, self.reconstruct(codes))
+            return self.untile(self.compare(codes))
+        return self.untile(self.compare_pixels(images, self.reconstruct(codes)))
 
 
 def _find_stages(backbone: str, layers: Sequence[str] | None) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ See Also:
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from anomalib.data import Batch
@@ -165,7 +165,7 @@ class SAAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
 
     def start_features(self, batch: Batch) -> Tensor:
         """What the backbone makes of a batch of images, before it is scaled."""
-        return self.model.backbone(cast("Tensor", batch.image))
+        return self.model.backbone(self.tiles(batch))
 
     def targets(self, features: Tensor) -> Tensor:
         """Scale what the backbone makes of images, ``(B, U, H_0, W_0)``."""

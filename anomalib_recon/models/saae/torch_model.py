@@ -28,6 +28,7 @@ from anomalib_recon.layers import (
     FeatureScale,
     ResidualDistance,
     ScaleBy,
+    Tiling,
     TopMean,
     check_whole,
     create_dense_features,
@@ -40,7 +41,7 @@ DEFAULT_BACKBONE = "vit_base_patch16_384.orig_in21k_ft_in1k"
 DEFAULT_IMAGE_SIZE = (384, 384)
 
 
-class SAAEModel(nn.Module):
+class SAAEModel(Tiling, nn.Module):
     """A frozen backbone, and the autoencoder that reconstructs its features.
 
     The autoencoder is built once its latent width V is known: at once if ``latent_dim`` is given, or else by
@@ -201,5 +202,5 @@ class SAAEModel(nn.Module):
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score images of shape ``(B, 3, H, W)`` with values in [0, 1]; see :meth:`compare`."""
-        features = self.embed(images)
-        return self.compare(features, self.reconstruct(features))
+        features = self.embed(self.tile(images))
+        return self.untile(self.compare(features, self.reconstruct(features)))

@@ -3,5 +3,6 @@
 """Post-processors of anomaly scores, for our models and anomalib's."""
 
 from .post_processor import FalsePositiveRatePostProcessor
+from .raw_score_export import RawScoreExport
 
-__all__ = ["FalsePositiveRatePostProcessor"]
+__all__ = ["FalsePositiveRatePostProcessor", "RawScoreExport"]

@@ -174,7 +174,7 @@ def _try(arguments: Sequence[str], num_images: int, batch_size: int, folder: Pat
     cli = _parse(
         [
             *arguments, *schedule, clock, "--trainer.enable_progress_bar=false", "--trainer.logger=false",
-            f"--data.root={folder}", f"--data.train_batch_size={batch_size}",
+            "--trainer.enable_model_summary=false", f"--data.root={folder}", f"--data.train_batch_size={batch_size}",
         ],
         folder,
     )  # fmt: skip

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from anomalib.cli.cli import AnomalibCLI
 from PIL import Image
 
+from anomalib_recon import estimate
 from anomalib_recon.config_files import config_path
 from anomalib_recon.experiments import image_size
 from anomalib_recon.experiments.compare import __main__ as compare
@@ -142,6 +144,11 @@ def parse_module(module: str, *arguments: str) -> None:
         parse_anomalib(["train", "--model", "InTra", "--data", "DemoAD", *further])
     elif module in {"anomalib_recon.experiments.compare.benchmark", "anomalib_recon.experiments.tiled_ensemble"}:
         assert Path(arguments[arguments.index("--config") + 1]).is_file()
+    elif module == "anomalib_recon.estimate":
+        options, further = estimate.build_parser().parse_known_args(arguments)
+        parse_anomalib(["train", "--config", str(options.config), "--data", "DemoAD", *further])
+    elif module in {"anomalib_recon.parity", "anomalib_recon.deploy.thresholds"}:
+        import_module(module).build_parser().parse_args(arguments)
     elif module.startswith("benchmarks."):
         script = ROOT.joinpath(*module.split(".")).with_suffix(".py").read_text()
         assert all(f'"{word}"' in script for word in arguments if word.startswith("--"))

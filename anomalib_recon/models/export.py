@@ -13,6 +13,8 @@ import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.deploy import CompressionType
 
+from anomalib_recon.post_processing import RawScoreExport
+
 if TYPE_CHECKING:
     import openvino
 
@@ -26,7 +28,7 @@ LOOPS = {"Loop", "TensorIterator"}
 NOT_COMPUTED = {"Constant", "Parameter", "ShapeOf"}
 
 
-class CurrentOpsetExport:
+class CurrentOpsetExport(RawScoreExport):
     """Mixin of models whose graph no converter brings to operator set 14, for which anomalib asks.
 
     The attempt ends in a printed traceback, and the graph stays as it is.
@@ -64,7 +66,7 @@ class CurrentOpsetExport:
         """
         arguments = {"opset_version": OPSET_VERSION, **kwargs}
         with torch.no_grad():  # of a loop with weights, the exporter would ask for the graph of its gradient
-            return super().to_onnx(export_root, model_file_name, input_size, **arguments)  # type: ignore[misc]
+            return super().to_onnx(export_root, model_file_name, input_size, **arguments)
 
     def _compress_ov_model(
         self, model: "openvino.Model", compression_type: CompressionType | None = None, *args: Any, **kwargs: Any

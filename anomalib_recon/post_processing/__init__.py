@@ -4,6 +4,7 @@
 
 from .post_processor import FalsePositiveRatePostProcessor
 from .product_post_processor import ProductPostProcessor
+from .raw_score_export import RawScoreExport
 from .region_post_processor import RegionPostProcessor
 
-__all__ = ["FalsePositiveRatePostProcessor", "ProductPostProcessor", "RegionPostProcessor"]
+__all__ = ["FalsePositiveRatePostProcessor", "ProductPostProcessor", "RawScoreExport", "RegionPostProcessor"]

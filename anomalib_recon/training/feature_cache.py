@@ -74,6 +74,11 @@ class FeatureCache(Callback):
         self._obstacle = obstacle or ("feature_cache_gib=0" if feature_cache_gib == 0 else None)
         self._parts: list[_Part] = []
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the features that are kept; 0 where they are computed anew in each epoch."""
+        return sum(part.values.nbytes for part in self._parts)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Fill the cache, and let the model look at the features.
 

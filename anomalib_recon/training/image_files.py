@@ -9,8 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-# anomalib reads images with ``convert("RGB")``, which clips these to 255 without a word
-CLIPPED_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
+from anomalib_recon.deploy.images import CLIPPED_MODES
 
 
 def check_image_files(paths: Iterable[str | Path]) -> None:

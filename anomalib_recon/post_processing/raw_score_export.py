@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from anomalib_recon.deploy import onnx_file, openvino_file
 from anomalib_recon.deploy.metadata import RAW_MAP, RAW_SCORE, Scale, Thresholds
 
+from .region_post_processor import RegionPostProcessor
+
 RAW_NAMES = (RAW_SCORE, RAW_MAP)
 # no other constant of a graph is likely to be equal
 PLACEHOLDER = 8191.25
@@ -107,7 +109,8 @@ def find_thresholds(post_processor: nn.Module | None) -> Thresholds | None:
     Returns:
         Thresholds | None: Thresholds, or ``None`` if it has not set them or has none that hold for all images.
     """
-    if not isinstance(post_processor, PostProcessor) or type(post_processor).forward is not PostProcessor.forward:
+    known = (PostProcessor.forward, RegionPostProcessor.forward)
+    if not isinstance(post_processor, PostProcessor) or type(post_processor).forward not in known:
         return None
     if not post_processor.enable_thresholding:
         return None
@@ -145,13 +148,20 @@ class _ExportedPostProcessor(nn.Module):
         thresholds = find_thresholds(post_processor)
         # the constants of the graph are named by it
         self.thresholding = _Thresholding(thresholds) if thresholds else post_processor
+        has_region = thresholds and isinstance(post_processor, RegionPostProcessor) and post_processor.region
+        self.region_post_processor = post_processor if has_region else None
 
     def forward(self, predictions: InferenceBatch) -> _ExportedBatch:
         score, anomaly_map = predictions.pred_score, predictions.anomaly_map
         if score is None:
             score = cast("Tensor", anomaly_map).amax(dim=(-2, -1))
         predictions = InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
-        processed = self.thresholding(predictions) if self.thresholding else predictions
+        if self.region_post_processor is None:
+            processed = self.thresholding(predictions) if self.thresholding else predictions
+        else:
+            predictions = self.region_post_processor.restricted(predictions)
+            score, anomaly_map = predictions.pred_score, predictions.anomaly_map
+            processed = self.region_post_processor.blank(self.thresholding(predictions))
         return _ExportedBatch(**processed._asdict(), raw_score=score, raw_map=anomaly_map)
 
 

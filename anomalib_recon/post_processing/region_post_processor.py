@@ -148,11 +148,18 @@ class RegionPostProcessor(PostProcessor):
 
     def forward(self, predictions: InferenceBatch) -> InferenceBatch:
         """Post-process predictions; see :class:`anomalib.post_processing.PostProcessor`."""
+        return self.blank(super().forward(self.restricted(predictions)))
+
+    def restricted(self, predictions: InferenceBatch) -> InferenceBatch:
+        """Predictions without what lies outside the region; see :meth:`restrict`."""
         if self.region is None:
-            return super().forward(predictions)
+            return predictions
         inside = SimpleNamespace(pred_score=predictions.pred_score, anomaly_map=predictions.anomaly_map)
         self.restrict(inside)
-        result = super().forward(InferenceBatch(pred_score=inside.pred_score, anomaly_map=inside.anomaly_map))
+        return InferenceBatch(pred_score=inside.pred_score, anomaly_map=inside.anomaly_map)
+
+    def blank(self, result: Any) -> Any:
+        """Post-processed predictions, with maps of 0 and masks of False outside the region."""
         return result._replace(
             anomaly_map=self._blank_map(result.anomaly_map), pred_mask=self._blank_mask(result.pred_mask)
         )

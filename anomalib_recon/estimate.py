@@ -206,24 +206,29 @@ def _repeat(dataset: AnomalibDataset, count: int) -> AnomalibDataset:
 
 def _now(trainer: Trainer) -> float:
     device = trainer.strategy.root_device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
     return time.perf_counter()
 
 
 def _peak_bytes(trainer: Trainer) -> int:
     device = trainer.strategy.root_device
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
+    if peak := _accelerator_memory(device, "max_memory_reserved"):
+        return peak(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _all_bytes(trainer: Trainer) -> int:
     device = trainer.strategy.root_device
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+    if free_and_all := _accelerator_memory(device, "mem_get_info"):
+        return free_and_all(device)[1]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _accelerator_memory(device: torch.device, name: str) -> Any:
+    """A function of the accelerator's module, if it has a memory of its own and tells about it."""
+    return None if device.type == "cpu" else getattr(torch.get_device_module(device), name, None)
 
 
 def describe_time(seconds: float) -> str:

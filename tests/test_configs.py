@@ -10,7 +10,7 @@ import yaml
 from anomalib.cli.cli import AnomalibCLI
 
 from anomalib_recon.config_files import config_path
-from anomalib_recon.models import ADTR, SAAE, InTra, PatchAE
+from anomalib_recon.models import ADTR, SAAE, FeatureInpainting, InTra, PatchAE
 
 
 def read(name: str) -> dict:
@@ -24,6 +24,7 @@ def read(name: str) -> dict:
         (ADTR, "model/adtr.yaml", {"image_size": 256, "feature_size": 16}),
         (SAAE, "model/saae.yaml", {"image_size": 384}),
         (PatchAE, "model/patch_ae.yaml", {"image_size": 256}),
+        (FeatureInpainting, "model/feature_inpainting.yaml", {"image_size": 256, "feature_stride": 8}),
     ],
 )
 def test_the_paper_config_states_the_defaults(model: type, name: str, given: dict) -> None:
@@ -54,6 +55,10 @@ def test_the_paper_config_states_the_defaults(model: type, name: str, given: dic
             ["--data", "DemoAD", "--model.backbone", "vit_tiny_patch16_224", "--model.pre_trained", "false"],
         ),
         ("model/patch_ae.yaml", ["--data", "DemoAD", "--model.backbone", "resnet18", "--model.pre_trained", "false"]),
+        ("model/feature_inpainting.yaml", ["--data.category", "screw", "--model.pre_trained", "false"]),
+        ("recommended/adtr.yaml", ["--data.category", "screw", "--model.pre_trained", "false"]),
+        ("recommended/patch_ae.yaml", ["--data.category", "screw", "--model.pre_trained", "false"]),
+        ("recommended/saae.yaml", ["--data.category", "screw", "--model.pre_trained", "false"]),
     ],
 )
 def test_anomalib_reads_the_configs(name: str, arguments: list[str]) -> None:

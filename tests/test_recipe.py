@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The arguments that SAAE and ADTR share: scaled features, distances in units of normal residuals, one cycle."""
+"""The arguments that SAAE and ADTR share: scaled features, distances in units of normal residuals, one cycle.
+
+ADTR has them beside attention with a hole.
+"""
 
 from pathlib import Path
 
@@ -15,7 +18,8 @@ from tests.robustness.conftest import data
 from tests.tiny_models import build, checkpoint_of, engine_in
 
 RECIPE = {"feature_scale": "whiten", "distance": "mahalanobis", "use_one_cycle": True}
-ARGUMENTS = {"SAAE": {**RECIPE, "latent_dim": 8, "top_fraction": 0.02}, "ADTR": RECIPE}
+HOLE = {"feature_size": 8, "patch_size": 2, "hole_size": 1}
+ARGUMENTS = {"SAAE": {**RECIPE, "latent_dim": 8, "top_fraction": 0.02}, "ADTR": {**RECIPE, **HOLE}}
 
 
 @pytest.fixture(scope="module", params=ARGUMENTS)

@@ -115,6 +115,6 @@ def test_difference_equals_an_independent_computation(height: int, width: int) -
     np.testing.assert_allclose(result[0, 0], np.mean(maps, axis=0), atol=1e-5)
 
 
-def test_map_is_the_squared_deviation_from_normal() -> None:
+def test_map_is_the_deviation_from_normal() -> None:
     result = AnomalyMapGenerator((64, 64))(torch.tensor([[[[0.5, 0.1]]]]), torch.tensor([[[[0.2, 0.2]]]]))
-    torch.testing.assert_close(result, torch.tensor([[[[0.09, 0.01]]]]))
+    torch.testing.assert_close(result, torch.tensor([[[[0.3, 0.1]]]]))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
+import time
 from pathlib import Path
 
 import pytest
@@ -80,13 +81,60 @@ def test_every_training_image_yields_its_windows(trained: tuple[InTra, Engine, P
 
 
 def test_each_window_trains_all_its_covered_patches(stripes: Path, tmp_path: Path) -> None:
-    model = InTra(**{**SMALL, "window_size": 4, "readout": "token"}, **SCHEDULE, covered_per_window=4)
+    model = InTra(**SMALL, **SCHEDULE, readout="token", train_covered=6)
     probe = Probe()
     _, engine = train(stripes, tmp_path, model=model, callbacks=[probe])
-    assert sum(probe.windows) == 4 * 4 * 11 * 40  # epochs, patches, images that are not held out, windows per image
+    assert sum(probe.windows) == 4 * 6 * 11 * 40  # epochs, patches, images that are not held out, windows per image
     assert engine.trainer.global_step == len(probe.windows)
+    assert model.model.covered.shape == (64, 1)  # inference covers one patch of each window
     losses = held_out_in(engine).losses
     assert min(losses) < 0.5 * losses[0]
+
+
+def cycle_of(stripes: Path, folder: Path, **trainer) -> list[float]:
+    """The learning rates of a training with a cycle."""
+    rates = []
+
+    class Rates(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    model = InTra(**SMALL, **SCHEDULE, use_one_cycle=True, weight_decay=0.1)
+    train(stripes, folder, model=model, callbacks=[Rates()], **trainer)
+    return rates
+
+
+def assert_rises_and_falls(rates: list[float]) -> None:
+    highest = rates.index(max(rates))
+    assert 0 < highest < len(rates) / 2
+    assert rates == [*sorted(rates[:highest]), *sorted(rates[highest:], reverse=True)]
+    assert 0.5 * SCHEDULE["learning_rate"] < max(rates) <= SCHEDULE["learning_rate"]
+    assert rates[-1] < SCHEDULE["learning_rate"] / 10
+
+
+@pytest.mark.parametrize(
+    ("trainer", "count"),
+    [
+        ({"max_epochs": 4}, 36),  # of 5, 5 and 1 images an epoch, 40 windows of each, 64 a step
+        ({"max_epochs": -1, "max_steps": 21}, 21),
+    ],
+)
+def test_a_cycle_spans_the_fit(stripes: Path, tmp_path: Path, trainer: dict, count: int) -> None:
+    rates = cycle_of(stripes, tmp_path, **trainer)
+    assert len(rates) == count
+    assert rates[0] == pytest.approx(SCHEDULE["learning_rate"] / 25)
+    assert_rises_and_falls(rates)
+
+
+def test_a_cycle_spans_the_time(stripes: Path, tmp_path: Path) -> None:
+    assert_rises_and_falls(cycle_of(stripes, tmp_path, max_time={"seconds": 6}, max_epochs=-1))
+
+
+def test_time_ends_a_batch_of_many_windows(stripes: Path, tmp_path: Path) -> None:
+    model = InTra(**SMALL, windows_per_image=10**5)
+    _, engine = train(stripes, tmp_path, model=model, max_time={"seconds": 2}, max_epochs=-1)
+    assert engine.trainer.global_step < 10**4
+    assert len(held_out_in(engine).losses) == 1
 
 
 def assert_normal_difference_is_of(model: InTraModel, images: torch.Tensor) -> None:
@@ -174,6 +222,10 @@ def pre_processor(*transforms: Transform) -> ExactResizePreProcessor:
         ({"held_out_fraction": 1.0}, "held_out_fraction must lie between 0 and 1, got 1.0"),
         ({"patience": -1}, "patience must be at least 1, got -1"),
         ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
+        ({"weight_decay": -0.1}, "weight_decay must not be negative, got -0.1"),
+        ({"train_covered": 0}, "train_covered must be at least 1, got 0"),
+        ({"train_covered": 4}, "train_covered=4 needs readout='token', got readout='mean'"),
+        ({"train_covered": 25, "readout": "token"}, "train_covered must be less than the 25 patches of a window"),
         ({"image_size": 60}, "image_size must be a multiple of patch_size, got 60 x 60 and 8"),
         ({"pre_processor": pre_processor(Resize((32, 32)))}, "image_size must be the size that pre_processor"),
         (

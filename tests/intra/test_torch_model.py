@@ -326,6 +326,46 @@ def test_several_patches_are_covered_at_random_places(count: int) -> None:
     torch.testing.assert_close(together[~torch.eye(9).bool()], torch.full((72,), pairs), atol=0.03, rtol=0)
 
 
+@pytest.mark.parametrize("readout", ["mean", "token"])
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@torch.no_grad()
+def test_rollout_follows_tokens_from_block_to_block(readout: str, depth: int) -> None:
+    """By whole matrices: half of each block's output is its input, and a long residual half of an input."""
+    model = small_model(readout=readout, depth=depth, window_size=5)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    image, (row, col) = torch.rand(3, 48, 40), (1, 4)
+    patches, tokens = model.embed(image[None])[0], model.tokens[9:10]
+    covered = model.covered[9:10]
+    matrices, inputs = [], []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    model.inpaint(patches[tokens], tokens, covered)
+    for block, sequence in zip(model.blocks, inputs, strict=True):
+        normed = block.attention_norm(sequence)
+        query, key = (
+            project(normed)[0].unflatten(-1, (2, -1)) for project in (block.attention.query, block.attention.key)
+        )
+        logits = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(query.shape[-1])
+        matrices.append((logits.softmax(-1).mean(0) + torch.eye(25)) / 2)
+    outputs = [matrices[0]]
+    for matrix in matrices[1:3]:
+        outputs.append(matrix @ outputs[-1])
+    if depth == 4:
+        outputs.append(matrices[3] @ (outputs[2] + outputs[0]) / 2)
+    expected = torch.zeros(30)
+    expected[tokens[0]] = outputs[-1].mean(0) if readout == "mean" else outputs[-1][covered[0, 0]]
+    shares = model.attention_rollout(image, row, col)
+    assert float(shares.sum()) == pytest.approx(1)
+    torch.testing.assert_close(shares, expected.reshape(6, 5))
+    assert not any(block.attention._forward_hooks for block in model.blocks)
+
+
+def test_rollout_refuses_a_patch_outside_the_grid() -> None:
+    with pytest.raises(ValueError, match="row and col must be in the grid of 6 x 5 patches, got 1 and 5"):
+        small_model().attention_rollout(torch.rand(3, 48, 40), 1, 5)
+
+
 def test_scores_follow_from_the_reconstruction() -> None:
     model = small_model()
     model.normal_difference.fill_(0.1)

@@ -98,6 +98,18 @@ class MultiheadSelfAttention(nn.Module):
         )
         return self.unify(heads.transpose(1, 2).flatten(2))
 
+    def weights(self, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """How much of each token goes into each query, the mean over the heads: arguments as of :meth:`forward`.
+
+        Returns:
+            Tensor: Weights of shape ``(B, Q, T)``, of which each row has the sum 1.
+        """
+        query, key = self._slice(self.query(queries)), self._slice(self.key(tokens))
+        logits = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -math.inf)
+        return logits.softmax(dim=-1).mean(dim=1)
+
     def _slice(self, tokens: Tensor) -> Tensor:
         """Slice the last dimension into heads: ``(B, T, h * d) -> (B, h, T, d)``."""
         return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -374,6 +386,56 @@ class InTraModel(nn.Module):
     def difference(self, patches: Tensor, reconstruction: Tensor) -> Tensor:
         """``diff`` of section 3.5, ``(B, N * M, K * K * 3) -> (B, 1, H, W)``."""
         return self.anomaly_map_generator.difference(self.unpatchify(patches), self.unpatchify(reconstruction))
+
+    @torch.no_grad()
+    def attention_rollout(self, image: Tensor, row: int, col: int) -> Tensor:
+        """Where the network looks to paint a patch: attention rolled out over all blocks (section 3.3).
+
+        Attention Rollout, https://arxiv.org/abs/2005.00928: tokens are followed from block to block, half of them
+        by the residual connections. A long residual counts as much as what it is added to.
+
+        Args:
+            image (Tensor): Image of shape ``(3, H, W)`` with values in [0, 1].
+            row (int): Row of the patch in the grid.
+            col (int): Its column.
+
+        Returns:
+            Tensor: Share of each patch of the grid, shape ``(N, M)``; 0 outside the window, and 1 in sum, of which
+            the covered patch has what goes back to the learned token in its place.
+
+        Raises:
+            ValueError: If there is no such patch.
+        """
+        rows, cols = self.grid_size
+        if not (0 <= row < rows and 0 <= col < cols):
+            msg = f"row and col must be in the grid of {rows} x {cols} patches, got {row} and {col}."
+            raise ValueError(msg)
+        index = int(self.order[row * cols + col]) // self.covered.shape[1]
+        tokens = self.tokens[index : index + 1]
+        covered = (tokens == row * cols + col).nonzero()[:, 1:]
+        weights: list[Tensor] = []
+        hooks = [
+            block.attention.register_forward_hook(
+                lambda attention, inputs, _: weights.append(attention.weights(*inputs)[0])
+            )
+            for block in self.blocks
+        ]
+        try:
+            self.inpaint(self.embed(image[None])[0, tokens], tokens, covered)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+        seen, early = torch.eye(self.window_size**2, device=image.device), list[Tensor]()
+        for number, attention in enumerate(weights):
+            if number >= len(weights) - self.num_long_residuals:
+                seen = (seen + early.pop()) / 2
+            own = seen if len(attention) == len(seen) else seen[covered[0]]
+            seen = (own + attention @ seen) / 2
+            if number < self.num_long_residuals:
+                early.append(seen)
+        shares = torch.zeros(rows * cols, device=image.device)
+        return shares.index_copy(0, tokens[0], seen.mean(dim=0)).reshape(rows, cols)
 
     def picture(self, reconstruction: Tensor) -> Tensor:
         """Show inpainted patches as images with values in [0, 1], ``(B, N * M, K * K * 3) -> (B, 3, H, W)``."""

@@ -7,7 +7,7 @@ import torch
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
 from lightning import seed_everything
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, timer
 from torchvision.transforms.v2 import Compose, Normalize, Resize, Transform
 
 from anomalib_recon.models import InTra
@@ -90,17 +90,14 @@ def test_each_window_trains_all_its_covered_patches(stripes: Path, tmp_path: Pat
     assert min(losses) < 0.5 * losses[0]
 
 
-def cycle_of(stripes: Path, folder: Path, **trainer) -> list[float]:
-    """The learning rates of a training with a cycle."""
-    rates = []
+class Rates(Callback):
+    """Notes the learning rates."""
 
-    class Rates(Callback):
-        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-            rates.append(optimizer.param_groups[0]["lr"])
+    def __init__(self) -> None:
+        self.rates: list[float] = []
 
-    model = InTra(**SMALL, **SCHEDULE, use_one_cycle=True, weight_decay=0.1)
-    train(stripes, folder, model=model, callbacks=[Rates()], **trainer)
-    return rates
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
 
 
 def assert_rises_and_falls(rates: list[float]) -> None:
@@ -119,21 +116,30 @@ def assert_rises_and_falls(rates: list[float]) -> None:
     ],
 )
 def test_a_cycle_spans_the_fit(stripes: Path, tmp_path: Path, trainer: dict, count: int) -> None:
-    rates = cycle_of(stripes, tmp_path, **trainer)
-    assert len(rates) == count
-    assert rates[0] == pytest.approx(SCHEDULE["learning_rate"] / 25)
-    assert_rises_and_falls(rates)
+    probe, model = Rates(), InTra(**SMALL, **SCHEDULE, use_one_cycle=True, weight_decay=0.1)
+    train(stripes, tmp_path, model=model, callbacks=[probe], **trainer)
+    assert len(probe.rates) == count
+    assert probe.rates[0] == pytest.approx(SCHEDULE["learning_rate"] / 25)
+    assert_rises_and_falls(probe.rates)
 
 
-def test_a_cycle_spans_the_time(stripes: Path, tmp_path: Path) -> None:
-    assert_rises_and_falls(cycle_of(stripes, tmp_path, max_time={"seconds": 6}, max_epochs=-1))
+def test_a_cycle_spans_the_time_and_ends_within_a_batch(
+    stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock(Rates):
+        """A second for each optimiser step, on whatever machine."""
 
+        def monotonic(self) -> int:
+            return len(self.rates)
 
-def test_time_ends_a_batch_of_many_windows(stripes: Path, tmp_path: Path) -> None:
-    model = InTra(**SMALL, windows_per_image=10**5)
-    _, engine = train(stripes, tmp_path, model=model, max_time={"seconds": 2}, max_epochs=-1)
-    assert engine.trainer.global_step < 10**4
+    clock = Clock()
+    monkeypatch.setattr(timer, "time", clock)
+    model = InTra(**SMALL, **{**SCHEDULE, "windows_per_image": 10**5}, use_one_cycle=True)
+    _, engine = train(stripes, tmp_path, model=model, callbacks=[clock], max_time={"seconds": 25}, max_epochs=-1)
+    assert len(clock.rates) == 25
+    assert_rises_and_falls(clock.rates)
     assert len(held_out_in(engine).losses) == 1
+    assert float(model.model.normal_difference.sum()) > 0  # the fit has been finished
 
 
 def assert_normal_difference_is_of(model: InTraModel, images: torch.Tensor) -> None:

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback, timer
+from PIL import Image
 from torchvision.transforms.v2 import Compose, Normalize, Resize, Transform
 
 from anomalib_recon.models import InTra
@@ -153,6 +155,24 @@ def test_normal_difference_is_the_mean_over_the_normal_training_images(
     trained: tuple[InTra, Engine, Probe], stripes: Path
 ) -> None:
     assert_normal_difference_is_of(trained[0].model.eval(), images_in(stripes / "stripes" / "train" / "good"))
+
+
+def test_defects_have_masks_and_good_images_low_maps(trained: tuple[InTra, Engine, Probe], stripes: Path) -> None:
+    model, engine, _ = trained
+    test = stripes / "stripes" / "test"
+    predictions = {
+        kind: [item for batch in engine.predict(model, data_path=test / kind) for item in batch.items]
+        for kind in ("good", "hole")
+    }
+    assert len(predictions["hole"]) == 6
+    for item in predictions["hole"]:
+        found = np.asarray(item.pred_mask).astype(bool).squeeze()
+        name = Path(str(item.image_path)).stem
+        drawn = np.asarray(Image.open(stripes / "stripes" / "ground_truth" / "hole" / f"{name}_mask.png")) > 0
+        assert (found & drawn).sum() > 0.3 * drawn.sum()
+        assert (found & ~drawn).mean() < 0.1
+    for item in predictions["good"]:
+        assert float(item.anomaly_map.median()) < 0.3  # 0.5 is the threshold
 
 
 def test_training_images_of_several_sizes_are_seen_as_in_a_test(mixed_stripes: Path, tmp_path: Path) -> None:

@@ -58,6 +58,15 @@ def test_loss_equals_equation_12(pair: tuple[np.ndarray, np.ndarray]) -> None:
     assert float(result) == pytest.approx(expected, abs=1e-5)
 
 
+def test_loss_without_a_term_is_that_of_the_others(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    images = [torch.from_numpy(values) for values in pair]
+    whole, neither = InTraLoss(0.3, 0.7)(*images), InTraLoss(0, 0)(*images)
+    without_gms, without_ssim = InTraLoss(0, 0.7)(*images), InTraLoss(0.3, 0)(*images)
+    assert float(neither) == pytest.approx(np.mean((pair[0] - pair[1]) ** 2))
+    assert float(without_gms + without_ssim - neither) == pytest.approx(float(whole))
+    assert neither < min(without_gms, without_ssim)
+
+
 def test_loss_is_zero_for_a_perfect_patch_and_finite_on_flat_ones() -> None:
     loss = InTraLoss()
     patches = torch.rand(4, 3, 16, 16)

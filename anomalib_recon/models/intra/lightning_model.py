@@ -86,7 +86,8 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
             Defaults to ``True``.
         gms_weight (float): alpha, the weight of the gradient magnitude similarity in the loss.
             Defaults to ``0.01``.
-        ssim_weight (float): beta, the weight of the structural similarity in the loss.
+        ssim_weight (float): beta, the weight of the structural similarity in the loss; 0 saves its computation, which
+            takes longer than a small network.
             Defaults to ``0.01``.
         windows_per_image (int): Windows drawn from each training image in an epoch.
             Defaults to ``600``.
@@ -184,8 +185,11 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
             raise ValueError(msg)
         check_finite(held_out_fraction=held_out_fraction, gms_weight=gms_weight, ssim_weight=ssim_weight)
         check_finite(weight_decay=weight_decay)
-        if patch_size < MIN_PATCH_SIZE:
-            msg = f"patch_size must be at least {MIN_PATCH_SIZE} for the SSIM in the loss, got {patch_size}."
+        if ssim_weight and patch_size < MIN_PATCH_SIZE:
+            msg = (
+                f"patch_size must be at least {MIN_PATCH_SIZE} for the SSIM in the loss, got {patch_size}; enlarge it "
+                "or set ssim_weight to 0."
+            )
             raise ValueError(msg)
         if not 0 < held_out_fraction < 1:
             msg = f"held_out_fraction must lie between 0 and 1, got {held_out_fraction}."

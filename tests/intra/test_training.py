@@ -165,14 +165,17 @@ def test_defects_have_masks_and_good_images_low_maps(trained: tuple[InTra, Engin
         for kind in ("good", "hole")
     }
     assert len(predictions["hole"]) == 6
+    shares = []
     for item in predictions["hole"]:
+        name = f"{Path(str(item.image_path)).stem}_mask.png"
+        drawn = np.asarray(Image.open(stripes / "stripes" / "ground_truth" / "hole" / name)) > 0
         found = np.asarray(item.pred_mask).astype(bool).squeeze()
-        name = Path(str(item.image_path)).stem
-        drawn = np.asarray(Image.open(stripes / "stripes" / "ground_truth" / "hole" / f"{name}_mask.png")) > 0
-        assert (found & drawn).sum() > 0.3 * drawn.sum()
-        assert (found & ~drawn).mean() < 0.1
-    for item in predictions["good"]:
-        assert float(item.anomaly_map.median()) < 0.3  # 0.5 is the threshold
+        shares.append((found[drawn].mean(), found[~drawn].mean()))
+    recalls, false_alarms = zip(*shares, strict=True)
+    assert min(recalls) > 0.1
+    assert max(false_alarms) < 0.05
+    medians = [float(item.anomaly_map.median()) for item in predictions["good"]]
+    assert max(medians) < 0.4  # 0.5 is the threshold
 
 
 def test_training_images_of_several_sizes_are_seen_as_in_a_test(mixed_stripes: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.tv_tensors import Mask
 
-from anomalib_recon.visualization import ReconstructionVisualizer
+from anomalib_recon.visualization import ReconstructionVisualizer, draw_attention
 
 SIDE = 256  # a panel's side in anomalib's pictures
 PANELS = ["image", "gt_mask", "reconstruction", "image + anomaly_map", "image + pred_mask"]
@@ -104,3 +104,17 @@ def test_pictures_are_saved_during(stage, items, tmp_path):
     for path, item in zip(pictures, items, strict=True):
         with Image.open(path) as picture:
             _assert_shows(picture, item)
+
+
+def test_attention_is_drawn_where_it_is() -> None:
+    shares = torch.zeros(4, 8)
+    shares[1, 6], shares[2, 6] = 0.75, 0.25
+    picture = draw_attention(torch.zeros(3, 40, 80), shares, row=2, col=5)
+    assert picture.size == (80, 40)
+    pixels = np.asarray(picture).astype(int)
+    assert (pixels[[20, 20, 29, 29], [50, 59, 50, 59]] == 255).all()  # the frame
+    patches = pixels[5::10, 5::10]
+    red = patches[..., 0] - patches[..., 2]  # the colours go from blue to red
+    assert red[1, 6] == red.max() > 0
+    assert np.unique(red).size == 3
+    assert patches[2, 6].tolist() != patches[0, 0].tolist()

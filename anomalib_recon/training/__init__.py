@@ -9,7 +9,7 @@ from .guards import FiniteLoss, ReadableImages
 from .held_out import HeldOutImages
 from .images import check_training_files, evaluation, map_images, normal_images, own_share, score_images
 from .products import check_products, find_products
-from .schedule import one_cycle
+from .schedule import one_cycle, one_cycle_factor, share_of_fit
 
 __all__ = [
     "EndOfFit",
@@ -27,7 +27,9 @@ __all__ = [
     "map_images",
     "normal_images",
     "one_cycle",
+    "one_cycle_factor",
     "own_share",
     "refuse_other_networks",
     "score_images",
+    "share_of_fit",
 ]

@@ -58,6 +58,15 @@ def test_loss_equals_equation_12(pair: tuple[np.ndarray, np.ndarray]) -> None:
     assert float(result) == pytest.approx(expected, abs=1e-5)
 
 
+def test_loss_without_a_term_is_that_of_the_others(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    images = [torch.from_numpy(values) for values in pair]
+    whole, neither = InTraLoss(0.3, 0.7)(*images), InTraLoss(0, 0)(*images)
+    without_gms, without_ssim = InTraLoss(0, 0.7)(*images), InTraLoss(0.3, 0)(*images)
+    assert float(neither) == pytest.approx(np.mean((pair[0] - pair[1]) ** 2))
+    assert float(without_gms + without_ssim - neither) == pytest.approx(float(whole))
+    assert neither < min(without_gms, without_ssim)
+
+
 def test_loss_is_zero_for_a_perfect_patch_and_finite_on_flat_ones() -> None:
     loss = InTraLoss()
     patches = torch.rand(4, 3, 16, 16)
@@ -115,6 +124,6 @@ def test_difference_equals_an_independent_computation(height: int, width: int) -
     np.testing.assert_allclose(result[0, 0], np.mean(maps, axis=0), atol=1e-5)
 
 
-def test_map_is_the_squared_deviation_from_normal() -> None:
+def test_map_is_the_deviation_from_normal() -> None:
     result = AnomalyMapGenerator((64, 64))(torch.tensor([[[[0.5, 0.1]]]]), torch.tensor([[[[0.2, 0.2]]]]))
-    torch.testing.assert_close(result, torch.tensor([[[[0.09, 0.01]]]]))
+    torch.testing.assert_close(result, torch.tensor([[[[0.3, 0.1]]]]))

@@ -304,16 +304,66 @@ def test_windows_are_drawn_everywhere_and_repeatably() -> None:
     assert torch.equal(tokens, again)
 
 
-@pytest.mark.parametrize(("count", "side"), [(4, 5), (4, 7), (9, 7)])
-def test_windows_are_drawn_with_patches_covered_apart(count: int, side: int) -> None:
-    model = small_model(image_size=(56, 72), window_size=side, readout="token", covered_per_window=count)
-    _, covered = model.draw_windows(4000, torch.Generator().manual_seed(0))
-    assert covered.shape == (4000, count)
-    assert set(covered.flatten().tolist()) == set(range(side**2))
-    apart, number = side // math.isqrt(count), math.isqrt(count)
-    for group in covered.unique(dim=0).tolist():
-        row, col = divmod(group[0], side)
-        assert group == [(row + i * apart) * side + col + j * apart for i in range(number) for j in range(number)]
+def test_one_covered_patch_takes_the_random_numbers_of_three_draws() -> None:
+    """So that a seed gives the same training as ever."""
+    tokens, covered = small_model().draw_windows(50, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    rows, cols, expected = (torch.randint(high, (50,), generator=generator) for high in (4, 3, 9))
+    assert torch.equal(tokens[:, 0], rows * 5 + cols)
+    assert torch.equal(covered[:, 0], expected)
+
+
+@pytest.mark.parametrize("count", [2, 5, 8])
+def test_several_patches_are_covered_at_random_places(count: int) -> None:
+    model = small_model(readout="token")
+    _, covered = model.draw_windows(6000, torch.Generator().manual_seed(0), count)
+    assert covered.shape == (6000, count)
+    hits = torch.nn.functional.one_hot(covered, 9).sum(dim=1)
+    assert int(hits.max()) == 1  # no patch twice
+    together = hits.T @ hits / 6000
+    torch.testing.assert_close(together.diagonal(), torch.full((9,), count / 9), atol=0.03, rtol=0)
+    pairs = count * (count - 1) / (9 * 8)
+    torch.testing.assert_close(together[~torch.eye(9).bool()], torch.full((72,), pairs), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("readout", ["mean", "token"])
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@torch.no_grad()
+def test_rollout_follows_tokens_from_block_to_block(readout: str, depth: int) -> None:
+    """By whole matrices: half of each block's output is its input, and a long residual half of an input."""
+    model = small_model(readout=readout, depth=depth, window_size=5)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    image, (row, col) = torch.rand(3, 48, 40), (1, 4)
+    patches, tokens = model.embed(image[None])[0], model.tokens[9:10]
+    covered = model.covered[9:10]
+    matrices, inputs = [], []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    model.inpaint(patches[tokens], tokens, covered)
+    for block, sequence in zip(model.blocks, inputs, strict=True):
+        normed = block.attention_norm(sequence)
+        query, key = (
+            project(normed)[0].unflatten(-1, (2, -1)) for project in (block.attention.query, block.attention.key)
+        )
+        logits = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(query.shape[-1])
+        matrices.append((logits.softmax(-1).mean(0) + torch.eye(25)) / 2)
+    outputs = [matrices[0]]
+    for matrix in matrices[1:3]:
+        outputs.append(matrix @ outputs[-1])
+    if depth == 4:
+        outputs.append(matrices[3] @ (outputs[2] + outputs[0]) / 2)
+    expected = torch.zeros(30)
+    expected[tokens[0]] = outputs[-1].mean(0) if readout == "mean" else outputs[-1][covered[0, 0]]
+    shares = model.attention_rollout(image, row, col)
+    assert float(shares.sum()) == pytest.approx(1)
+    torch.testing.assert_close(shares, expected.reshape(6, 5))
+    assert not any(block.attention._forward_hooks for block in model.blocks)
+
+
+def test_rollout_refuses_a_patch_outside_the_grid() -> None:
+    with pytest.raises(ValueError, match="row and col must be in the grid of 6 x 5 patches, got 1 and 5"):
+        small_model().attention_rollout(torch.rand(3, 48, 40), 1, 5)
 
 
 def test_scores_follow_from_the_reconstruction() -> None:
@@ -323,7 +373,7 @@ def test_scores_follow_from_the_reconstruction() -> None:
     predictions = model(images)
     reconstruction = model.unpatchify(model.reconstruct(model.embed(images)))
     difference = model.anomaly_map_generator.difference(images, reconstruction)
-    torch.testing.assert_close(predictions.anomaly_map, (difference - 0.1) ** 2)
+    torch.testing.assert_close(predictions.anomaly_map, (difference - 0.1).abs())
     torch.testing.assert_close(predictions.pred_score, predictions.anomaly_map.flatten(1).max(dim=1).values)
 
 

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
 from lightning import seed_everything
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, timer
+from PIL import Image
 from torchvision.transforms.v2 import Compose, Normalize, Resize, Transform
 
 from anomalib_recon.models import InTra
@@ -80,13 +82,66 @@ def test_every_training_image_yields_its_windows(trained: tuple[InTra, Engine, P
 
 
 def test_each_window_trains_all_its_covered_patches(stripes: Path, tmp_path: Path) -> None:
-    model = InTra(**{**SMALL, "window_size": 4, "readout": "token"}, **SCHEDULE, covered_per_window=4)
+    model = InTra(**SMALL, **SCHEDULE, readout="token", train_covered=6)
     probe = Probe()
     _, engine = train(stripes, tmp_path, model=model, callbacks=[probe])
-    assert sum(probe.windows) == 4 * 4 * 11 * 40  # epochs, patches, images that are not held out, windows per image
+    assert sum(probe.windows) == 4 * 6 * 11 * 40  # epochs, patches, images that are not held out, windows per image
     assert engine.trainer.global_step == len(probe.windows)
+    assert model.model.covered.shape == (64, 1)  # inference covers one patch of each window
     losses = held_out_in(engine).losses
     assert min(losses) < 0.5 * losses[0]
+
+
+class Rates(Callback):
+    """Notes the learning rates."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+def assert_rises_and_falls(rates: list[float]) -> None:
+    highest = rates.index(max(rates))
+    assert 0 < highest < len(rates) / 2
+    assert rates == [*sorted(rates[:highest]), *sorted(rates[highest:], reverse=True)]
+    assert 0.5 * SCHEDULE["learning_rate"] < max(rates) <= SCHEDULE["learning_rate"]
+    assert rates[-1] < SCHEDULE["learning_rate"] / 10
+
+
+@pytest.mark.parametrize(
+    ("trainer", "count"),
+    [
+        ({"max_epochs": 4}, 36),  # of 5, 5 and 1 images an epoch, 40 windows of each, 64 a step
+        ({"max_epochs": -1, "max_steps": 21}, 21),
+    ],
+)
+def test_a_cycle_spans_the_fit(stripes: Path, tmp_path: Path, trainer: dict, count: int) -> None:
+    probe, model = Rates(), InTra(**SMALL, **SCHEDULE, use_one_cycle=True, weight_decay=0.1)
+    train(stripes, tmp_path, model=model, callbacks=[probe], **trainer)
+    assert len(probe.rates) == count
+    assert probe.rates[0] == pytest.approx(SCHEDULE["learning_rate"] / 25)
+    assert_rises_and_falls(probe.rates)
+
+
+def test_a_cycle_spans_the_time_and_ends_within_a_batch(
+    stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock(Rates):
+        """A second for each optimiser step, on whatever machine."""
+
+        def monotonic(self) -> int:
+            return len(self.rates)
+
+    clock = Clock()
+    monkeypatch.setattr(timer, "time", clock)
+    model = InTra(**SMALL, **{**SCHEDULE, "windows_per_image": 10**5}, use_one_cycle=True)
+    _, engine = train(stripes, tmp_path, model=model, callbacks=[clock], max_time={"seconds": 25}, max_epochs=-1)
+    assert len(clock.rates) == 25
+    assert_rises_and_falls(clock.rates)
+    assert len(held_out_in(engine).losses) == 1
+    assert float(model.model.normal_difference.sum()) > 0  # the fit has been finished
 
 
 def assert_normal_difference_is_of(model: InTraModel, images: torch.Tensor) -> None:
@@ -100,6 +155,27 @@ def test_normal_difference_is_the_mean_over_the_normal_training_images(
     trained: tuple[InTra, Engine, Probe], stripes: Path
 ) -> None:
     assert_normal_difference_is_of(trained[0].model.eval(), images_in(stripes / "stripes" / "train" / "good"))
+
+
+def test_defects_have_masks_and_good_images_low_maps(trained: tuple[InTra, Engine, Probe], stripes: Path) -> None:
+    model, engine, _ = trained
+    test = stripes / "stripes" / "test"
+    predictions = {
+        kind: [item for batch in engine.predict(model, data_path=test / kind) for item in batch.items]
+        for kind in ("good", "hole")
+    }
+    assert len(predictions["hole"]) == 6
+    shares = []
+    for item in predictions["hole"]:
+        name = f"{Path(str(item.image_path)).stem}_mask.png"
+        drawn = np.asarray(Image.open(stripes / "stripes" / "ground_truth" / "hole" / name)) > 0
+        found = np.asarray(item.pred_mask).astype(bool).squeeze()
+        shares.append((found[drawn].mean(), found[~drawn].mean()))
+    recalls, false_alarms = zip(*shares, strict=True)
+    assert min(recalls) > 0.1
+    assert max(false_alarms) < 0.05
+    medians = [float(item.anomaly_map.median()) for item in predictions["good"]]
+    assert max(medians) < 0.4  # 0.5 is the threshold
 
 
 def test_training_images_of_several_sizes_are_seen_as_in_a_test(mixed_stripes: Path, tmp_path: Path) -> None:
@@ -174,6 +250,10 @@ def pre_processor(*transforms: Transform) -> ExactResizePreProcessor:
         ({"held_out_fraction": 1.0}, "held_out_fraction must lie between 0 and 1, got 1.0"),
         ({"patience": -1}, "patience must be at least 1, got -1"),
         ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
+        ({"weight_decay": -0.1}, "weight_decay must not be negative, got -0.1"),
+        ({"train_covered": 0}, "train_covered must be at least 1, got 0"),
+        ({"train_covered": 4}, "train_covered=4 needs readout='token', got readout='mean'"),
+        ({"train_covered": 25, "readout": "token"}, "train_covered must be less than the 25 patches of a window"),
         ({"image_size": 60}, "image_size must be a multiple of patch_size, got 60 x 60 and 8"),
         ({"pre_processor": pre_processor(Resize((32, 32)))}, "image_size must be the size that pre_processor"),
         (

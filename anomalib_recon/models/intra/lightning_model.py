@@ -34,11 +34,19 @@ from tqdm.auto import tqdm
 
 from anomalib_recon.layers import check_finite, check_positive, check_whole
 from anomalib_recon.models.base import ReconstructionModule
-from anomalib_recon.training import EndOfFit, HeldOutImages, map_images, normal_images, own_share
+from anomalib_recon.training import (
+    EndOfFit,
+    HeldOutImages,
+    map_images,
+    normal_images,
+    one_cycle_factor,
+    own_share,
+    share_of_fit,
+)
 
 from .augmentation import rotate_and_flip
 from .loss import MIN_PATCH_SIZE, InTraLoss
-from .torch_model import InTraModel
+from .torch_model import InTraModel, check_readout
 
 # windows that pass forward and backward at a time in training on a CPU
 WINDOWS_PER_PASS = 64
@@ -78,7 +86,8 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
             Defaults to ``True``.
         gms_weight (float): alpha, the weight of the gradient magnitude similarity in the loss.
             Defaults to ``0.01``.
-        ssim_weight (float): beta, the weight of the structural similarity in the loss.
+        ssim_weight (float): beta, the weight of the structural similarity in the loss; 0 saves its computation, which
+            takes longer than a small network.
             Defaults to ``0.01``.
         windows_per_image (int): Windows drawn from each training image in an epoch.
             Defaults to ``600``.
@@ -90,14 +99,22 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
             Defaults to ``20``.
         patience (int): Epochs without a lower held-out loss after which training stops.
             Defaults to ``50``.
-        learning_rate (float): Learning rate of Adam.
+        learning_rate (float): Learning rate, the highest one of a cycle.
             Defaults to ``1e-4``.
+        weight_decay (float): Weight decay of AdamW, which is Adam without.
+            Defaults to ``0.0``.
+        use_one_cycle (bool): Let the learning rate rise and fall to nearly 0 within the time of the training (the
+            trainer's ``max_time``), or its epochs or steps.
+            Defaults to ``False``.
         augment (bool): Rotate training images by multiples of 90 degrees (180 if they are not square) and flip them.
             Defaults to ``True``.
         windows_per_chunk (int): Windows inpainted at a time outside training; bounds memory, changes no result.
             Defaults to ``32``.
-        covered_per_window (int): Patches covered and painted at a time in a window, in training and outside: 1 is
-            exact; 4 and 9 make inference about as many times faster, an approximation, and need ``readout="token"``.
+        train_covered (int): Patches covered in each window in training, at random places. More than one teach more
+            in the same time, and need ``readout="token"``.
+            Defaults to ``1``.
+        covered_per_window (int): Patches covered and painted at a time in a window outside training: 1 is exact; 4 and
+            9 make inference about as many times faster, an approximation, and need ``readout="token"``.
             Defaults to ``1``.
         pre_processor (PreProcessor | bool): Pre-processor.
             Defaults to ``True``.
@@ -136,7 +153,10 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
         max_held_out: int = 20,
         patience: int = 50,
         learning_rate: float = 1e-4,
+        weight_decay: float = 0.0,
+        use_one_cycle: bool = False,
         augment: bool = True,
+        train_covered: int = 1,
         windows_per_chunk: int = 32,
         covered_per_window: int = 1,
         pre_processor: PreProcessor | bool = True,
@@ -150,11 +170,26 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
             windows_per_step=windows_per_step,
             max_held_out=max_held_out,
             patience=patience,
+            train_covered=train_covered,
         )
         check_positive(learning_rate=learning_rate)
+        check_readout("train_covered", train_covered, readout)
+        if train_covered >= window_size**2:
+            msg = (
+                f"train_covered must be less than the {window_size**2} patches of a window, got {train_covered}: a "
+                "window needs patches to inpaint the covered ones from."
+            )
+            raise ValueError(msg)
+        if weight_decay < 0:
+            msg = f"weight_decay must not be negative, got {weight_decay}."
+            raise ValueError(msg)
         check_finite(held_out_fraction=held_out_fraction, gms_weight=gms_weight, ssim_weight=ssim_weight)
-        if patch_size < MIN_PATCH_SIZE:
-            msg = f"patch_size must be at least {MIN_PATCH_SIZE} for the SSIM in the loss, got {patch_size}."
+        check_finite(weight_decay=weight_decay)
+        if ssim_weight and patch_size < MIN_PATCH_SIZE:
+            msg = (
+                f"patch_size must be at least {MIN_PATCH_SIZE} for the SSIM in the loss, got {patch_size}; enlarge it "
+                "or set ssim_weight to 0."
+            )
             raise ValueError(msg)
         if not 0 < held_out_fraction < 1:
             msg = f"held_out_fraction must lie between 0 and 1, got {held_out_fraction}."
@@ -165,25 +200,29 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
         self.windows_per_image = windows_per_image
         self.windows_per_step = windows_per_step
         self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.use_one_cycle = use_one_cycle
+        self.train_covered = train_covered
         self.augment = augment
         self.held_out_arguments = (held_out_fraction, max_held_out, patience)
         # an optimiser step takes windows_per_step windows, a batch of images yields many of them
         self.automatic_optimization = False
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam, as in section 4.1."""
-        return torch.optim.Adam(self.model.parameters(), lr=self.learning_rate)
+        """Adam, as in section 4.1; AdamW with ``weight_decay``."""
+        return torch.optim.AdamW(self.model.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
 
     def configure_end(self) -> Sequence[Callback]:
         """Hold out images to stop training, and take the weights of its best epoch."""
         held_out = HeldOutImages(*self.held_out_arguments)
         return [held_out, EndOfFit(held_out)]
 
-    def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> None:
+    def training_step(self, batch: Batch, batch_idx: int, *args: Any, **kwargs: Any) -> None:
         """Draw windows from the images of the batch and take an optimiser step for every ``windows_per_step`` of them.
 
         Args:
             batch (Batch): Batch of training images.
+            batch_idx (int): Number of the batch in its epoch.
             *args (Any): Not used.
             **kwargs (Any): Not used.
         """
@@ -197,20 +236,28 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
 
         start, losses = time.monotonic(), []
         steps = image_index.split(max(1, self.windows_per_step // self.trainer.world_size))
+        share = share_of_fit(self.trainer, batch_idx)
         for index in tqdm(steps, "Optimiser steps", delay=10, leave=False, disable=not self.trainer.is_global_zero):
+            if self.use_one_cycle:
+                self._set_learning_rate(self.learning_rate * one_cycle_factor(share))
             losses.append(self._optimise(images, index, generator))
-            if 0 < self.trainer.max_steps <= self.trainer.global_step:
+            share = share_of_fit(self.trainer, batch_idx + len(losses) / len(steps))
+            if share >= 1:
                 break
         num_windows = sum(map(len, steps[: len(losses)])) * self.trainer.world_size
         self.log("train_loss", torch.stack(losses).mean(), prog_bar=True)
         self.log("windows_per_second", num_windows / (time.monotonic() - start), prog_bar=True)
+
+    def _set_learning_rate(self, learning_rate: float) -> None:
+        for group in cast("LightningOptimizer", self.optimizers()).param_groups:
+            group["lr"] = learning_rate
 
     def _optimise(self, images: Tensor, image_index: Tensor, generator: torch.Generator) -> Tensor:
         """Take an optimiser step on one window of each of the images ``image_index``, shape ``(n,)``."""
         if self.augment:
             images = rotate_and_flip(images, generator)
         patches = self.model.embed(images)
-        tokens, covered = self.model.draw_windows(len(image_index), generator)
+        tokens, covered = self.model.draw_windows(len(image_index), generator, self.train_covered)
         # the gradients of parts add up to those of all; on a CPU, smaller activations take less time and memory
         size = WINDOWS_PER_PASS if self.device.type == "cpu" else len(image_index)
         parts = zip(*(values.split(size) for values in (image_index, tokens, covered)), strict=True)

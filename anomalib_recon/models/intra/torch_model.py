@@ -98,6 +98,18 @@ class MultiheadSelfAttention(nn.Module):
         )
         return self.unify(heads.transpose(1, 2).flatten(2))
 
+    def weights(self, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """How much of each token goes into each query, the mean over the heads: arguments as of :meth:`forward`.
+
+        Returns:
+            Tensor: Weights of shape ``(B, Q, T)``, of which each row has the sum 1.
+        """
+        query, key = self._slice(self.query(queries)), self._slice(self.key(tokens))
+        logits = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -math.inf)
+        return logits.softmax(dim=-1).mean(dim=1)
+
     def _slice(self, tokens: Tensor) -> Tensor:
         """Slice the last dimension into heads: ``(B, T, h * d) -> (B, h, T, d)``."""
         return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -179,9 +191,9 @@ class InTraModel(Tiling, nn.Module):
         sigmoid (bool): End in a sigmoid (version 3) or in the affine map (version 1).
         windows_per_chunk (int): Windows that are inpainted at a time by :meth:`reconstruct`. Bounds its memory, changes
             nothing else. An exported model takes as many windows of each image of the batch.
-        covered_per_window (int): Patches c that are covered in a window, far apart, and painted at a time, in
-            :meth:`reconstruct` and :meth:`draw_windows`: 1 (exact), or the square of a whole number up to L / 2, which
-            takes about as many times fewer windows and needs ``readout="token"``.
+        covered_per_window (int): Patches c that :meth:`reconstruct` covers in a window, far apart, and paints at a
+            time: 1 (exact), or the square of a whole number up to L / 2, which takes about as many times fewer windows
+            and needs ``readout="token"``.
 
     Raises:
         ValueError: If an argument is out of its range or does not fit another.
@@ -365,8 +377,8 @@ class InTraModel(Tiling, nn.Module):
             reconstruction (Tensor): Inpainted patches of the same shape.
 
         Returns:
-            InferenceBatch: ``anomaly_map`` of shape ``(B, 1, H, W)`` (eq. 17) and ``pred_score`` of shape ``(B,)``
-                (eq. 18), both not negative.
+            InferenceBatch: ``anomaly_map`` of shape ``(B, 1, H, W)`` (the root of eq. 17) and ``pred_score`` of
+                shape ``(B,)`` (eq. 18), both in [0, 1).
         """
         anomaly_map = self.anomaly_map_generator(self.difference(patches, reconstruction), self.normal_difference)
         return InferenceBatch(pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map)
@@ -375,36 +387,83 @@ class InTraModel(Tiling, nn.Module):
         """``diff`` of section 3.5, ``(B, N * M, K * K * 3) -> (B, 1, H, W)``."""
         return self.anomaly_map_generator.difference(self.unpatchify(patches), self.unpatchify(reconstruction))
 
+    @torch.no_grad()
+    def attention_rollout(self, image: Tensor, row: int, col: int) -> Tensor:
+        """Where the network looks to paint a patch: attention rolled out over all blocks (section 3.3).
+
+        Attention Rollout, https://arxiv.org/abs/2005.00928: tokens are followed from block to block, half of them
+        by the residual connections. A long residual counts as much as what it is added to.
+
+        Args:
+            image (Tensor): Image of shape ``(3, H, W)`` with values in [0, 1].
+            row (int): Row of the patch in the grid.
+            col (int): Its column.
+
+        Returns:
+            Tensor: Share of each patch of the grid, shape ``(N, M)``; 0 outside the window, and 1 in sum, of which
+            the covered patch has what goes back to the learned token in its place.
+
+        Raises:
+            ValueError: If there is no such patch.
+        """
+        rows, cols = self.grid_size
+        if not (0 <= row < rows and 0 <= col < cols):
+            msg = f"row and col must be in the grid of {rows} x {cols} patches, got {row} and {col}."
+            raise ValueError(msg)
+        index = int(self.order[row * cols + col]) // self.covered.shape[1]
+        tokens = self.tokens[index : index + 1]
+        covered = (tokens == row * cols + col).nonzero()[:, 1:]
+        weights: list[Tensor] = []
+        hooks = [
+            block.attention.register_forward_hook(
+                lambda attention, inputs, _: weights.append(attention.weights(*inputs)[0])
+            )
+            for block in self.blocks
+        ]
+        try:
+            self.inpaint(self.embed(image[None])[0, tokens], tokens, covered)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+        seen, early = torch.eye(self.window_size**2, device=image.device), list[Tensor]()
+        for number, attention in enumerate(weights):
+            if number >= len(weights) - self.num_long_residuals:
+                seen = (seen + early.pop()) / 2
+            own = seen if len(attention) == len(seen) else seen[covered[0]]
+            seen = (own + attention @ seen) / 2
+            if number < self.num_long_residuals:
+                early.append(seen)
+        shares = torch.zeros(rows * cols, device=image.device)
+        return shares.index_copy(0, tokens[0], seen.mean(dim=0)).reshape(rows, cols)
+
     def picture(self, reconstruction: Tensor) -> Tensor:
         """Show inpainted patches as images with values in [0, 1], ``(B, N * M, K * K * 3) -> (B, 3, H, W)``."""
         return self.unpatchify(reconstruction).float().clamp(0, 1)
 
-    def draw_windows(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw windows anywhere in the grid, each with a random patch covered (section 3.4).
-
-        With ``covered_per_window`` = c > 1, the c patches of a window are as far apart as in :meth:`reconstruct`.
+    def draw_windows(self, count: int, generator: torch.Generator, num_covered: int = 1) -> tuple[Tensor, Tensor]:
+        """Draw windows anywhere in the grid, each with a random patch covered (section 3.4), or several.
 
         Args:
             count (int): Number of windows n.
             generator (torch.Generator): Source of randomness, on the device of the model.
+            num_covered (int): Patches c that are covered in each window, all sets of so many being equally likely.
+                Defaults to ``1``.
 
         Returns:
             tuple[Tensor, Tensor]: ``tokens`` of shape ``(n, L * L)`` and ``covered`` of shape ``(n, c)``; see
                 :meth:`inpaint`.
         """
-        # where the first covered patch of a window may be, for the last one to be in the window, too
-        choices = self.window_size - (self.covered_side - 1) * self.spacing
-        rows, cols, first = (
+        num_tokens = self.window_size**2
+        rows, cols, covered = (
             torch.randint(high, (count,), generator=generator, device=generator.device)
-            for high in (
-                self.grid_size[0] - self.window_size + 1,
-                self.grid_size[1] - self.window_size + 1,
-                choices**2,
-            )
+            for high in (self.grid_size[0] - self.window_size + 1, self.grid_size[1] - self.window_size + 1, num_tokens)
         )
-        steps = self.spacing * torch.arange(self.covered_side, device=generator.device)
-        top, left = (first // choices)[:, None], (first % choices)[:, None]
-        covered = _row_major(top + steps, left + steps, self.window_size)
+        covered = covered[:, None]
+        if num_covered > 1:  # the first one and so many of the others
+            order = torch.rand(count, num_tokens - 1, generator=generator, device=generator.device).argsort(dim=1)
+            others = (covered + 1 + order[:, : num_covered - 1]) % num_tokens
+            covered = torch.cat([covered, others], dim=1)
         return self._window_tokens(rows, cols), covered
 
     def _centred_windows(self) -> tuple[Tensor, Tensor]:
@@ -493,7 +552,7 @@ def check_network(embed_dim: int, depth: int, num_heads: int, windows_per_chunk:
 
 
 def check_covered(covered_per_window: int, window_size: int, readout: str) -> None:
-    """Check that so many patches of a window can be covered, and painted, at a time.
+    """Check that so many patches of a window can be covered, far apart, and painted at a time.
 
     Raises:
         ValueError: If they cannot.
@@ -504,9 +563,23 @@ def check_covered(covered_per_window: int, window_size: int, readout: str) -> No
         squares = tuple(number**2 for number in range(1, window_size // 2 + 1))
         msg = f"covered_per_window must be one of {squares} for window_size={window_size}, got {covered_per_window}."
         raise ValueError(msg)
-    if side > 1 and readout != "token":
+    check_readout("covered_per_window", covered_per_window, readout)
+
+
+def check_readout(name: str, num_covered: int, readout: str) -> None:
+    """Check that so many patches of a window can be painted from its output sequence.
+
+    Args:
+        name (str): Name of the argument that says how many are covered.
+        num_covered (int): How many.
+        readout (str): What they are painted from.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    if num_covered > 1 and readout != "token":
         msg = (
-            f"covered_per_window={covered_per_window} needs readout='token', got readout={readout!r}: the mean of a "
-            "sequence paints one patch only; train with readout='token' or leave covered_per_window at 1."
+            f"{name}={num_covered} needs readout='token', got readout={readout!r}: the mean of a sequence paints one "
+            f"patch only; train with readout='token' or leave {name} at 1."
         )
         raise ValueError(msg)

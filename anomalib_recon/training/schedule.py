@@ -8,11 +8,16 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR
+
+# share of a fit in which the rate rises, and the lowest factors at its start and its end
+RISE = 0.1
+START_FACTOR = 1 / 25
+END_FACTOR = 1e-5
 
 
 def one_cycle(optimizer: Optimizer, module: LightningModule) -> dict[str, Any]:
-    """Have the learning rate rise to that of the optimizer and fall to nearly 0 within the steps of the fit.
+    """Have the learning rate rise to that of the optimizer and fall to nearly 0 within the fit.
 
     Args:
         optimizer (Optimizer): The optimizer, with the highest learning rate of each group.
@@ -21,18 +26,13 @@ def one_cycle(optimizer: Optimizer, module: LightningModule) -> dict[str, Any]:
     Returns:
         dict[str, Any]: What ``configure_optimizers`` returns.
     """
-    rates = [group["lr"] for group in optimizer.param_groups]
-    steps = int(module.trainer.estimated_stepping_batches)
-    return {
-        "optimizer": optimizer,
-        "lr_scheduler": {"scheduler": OneCycleLR(optimizer, rates, total_steps=steps), "interval": "step"},
-    }
 
+    def factor(_: int) -> float:
+        # the trainer's own estimate of all steps would load the images, before a cache can stand in for them
+        batches = module.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return one_cycle_factor(share_of_fit(module.trainer, batches))
 
-# share of a fit in which the rate rises, and the lowest factors at its start and its end
-RISE = 0.1
-START_FACTOR = 1 / 25
-END_FACTOR = 1e-5
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
 
 def one_cycle_factor(share: float) -> float:

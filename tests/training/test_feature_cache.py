@@ -428,6 +428,11 @@ def test_off_where_features_are_beyond_half_precision(
     assert all(value.isfinite().all() for value in weights.values())
 
 
+def test_a_cycle_of_the_learning_rate_leaves_it_on(stripes: Path, tmp_path: Path) -> None:
+    _, watch = train(build(ADTR, use_one_cycle=True), data(stripes), tmp_path, max_epochs=2)
+    assert watch.cached == 6 * [True]
+
+
 def test_off_without_a_datamodule(stripes: Path, tmp_path: Path) -> None:
     datamodule = data(stripes, augmentations=SIZE)
     datamodule.setup()

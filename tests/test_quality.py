@@ -32,6 +32,11 @@ SIZES = {
 }
 
 
+@pytest.fixture(scope="module")
+def datamodule(tmp_path_factory: pytest.TempPathFactory) -> DemoAD:
+    return DemoAD(root=tmp_path_factory.mktemp("demo"), category="plate", train_batch_size=10)
+
+
 def images_of(dataset: AnomalibDataset) -> Tensor:
     images = [torch.as_tensor(np.asarray(item.image))[None] for item in dataset]
     return torch.cat([functional.interpolate(image, (SIDE, SIDE), mode="bilinear", antialias=True) for image in images])
@@ -50,11 +55,12 @@ def figures(distances: Tensor, masks: Tensor) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(("model", "name"), [(ADTR, "adtr"), (SAAE, "saae")])
-def test_a_short_training_is_ahead_of_the_constant_and_of_pca(model: type, name: str, tmp_path: Path) -> None:
+def test_a_short_training_is_ahead_of_the_constant_and_of_pca(
+    model: type, name: str, datamodule: DemoAD, tmp_path: Path
+) -> None:
     seed_everything(0)
     arguments = yaml.safe_load(config_path(f"recommended/{name}.yaml").read_text())["model"]["init_args"]
     trained = model(**{**arguments, **SMALL, **SIZES[name]})
-    datamodule = DemoAD(root=tmp_path / "demo", category="plate", train_batch_size=10)
     engine = engine_in(tmp_path, max_epochs=4)
     engine.fit(trained, datamodule=datamodule)
     result = engine.test(trained, datamodule=datamodule, verbose=False)[0]

@@ -147,9 +147,9 @@ class _ExportedPostProcessor(nn.Module):
         super().__init__()
         thresholds = find_thresholds(post_processor)
         # the constants of the graph are named by it
-        self.thresholding = _Thresholding(thresholds) if thresholds else post_processor
+        self.thresholding: Any = _Thresholding(thresholds) if thresholds else post_processor
         has_region = thresholds and isinstance(post_processor, RegionPostProcessor) and post_processor.region
-        self.region_post_processor = post_processor if has_region else None
+        self.region_post_processor: Any = post_processor if has_region else None
 
     def forward(self, predictions: InferenceBatch) -> _ExportedBatch:
         score, anomaly_map = predictions.pred_score, predictions.anomaly_map

@@ -33,8 +33,9 @@ def test_openvino_in_threads(exported: dict[ExportType, Path], demo: Path) -> No
     assert np.ptp([single.pred_score for single in expected]) > 0
     with ThreadPoolExecutor(4) as pool:
         for result, single in zip(pool.map(predict, images), expected, strict=True):
-            np.testing.assert_allclose(result.pred_score, single.pred_score, atol=1e-6)
-            np.testing.assert_allclose(result.anomaly_map, single.anomaly_map, atol=1e-6)
+            # a sum may be shared out otherwise among the threads
+            np.testing.assert_allclose(result.pred_score, single.pred_score, atol=1e-5)
+            np.testing.assert_allclose(result.anomaly_map, single.anomaly_map, atol=1e-5)
 
 
 def read(path: Path) -> None:

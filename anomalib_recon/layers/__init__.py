@@ -2,15 +2,15 @@
 
 """Plain torch that several models share: backbones, their dense features, resize and checks of arguments."""
 
-from .arguments import check_finite, check_positive, check_whole
+from .arguments import check_finite, check_fraction, check_positive, check_whole
 from .backbone import BackboneNormalize, FrozenBackbone, create_backbone, stage_strides
 from .covariance import FeatureCovariance
-from .dense_features import create_dense_features, vision_transformer_blocks
+from .dense_features import create_dense_features, divide_feature_map, vision_transformer_blocks
 from .feature_scale import FeatureScale, ScaleBy
 from .residual_distance import ResidualDistance
 from .resize import AntialiasResize
 from .tiling import Tiling, tiler_arguments
-from .top_mean import TopMean
+from .top_mean import TopMean, top_mean
 from .whitening import PrincipalWhitening, Whitening
 
 __all__ = [
@@ -26,11 +26,14 @@ __all__ = [
     "TopMean",
     "Whitening",
     "check_finite",
+    "check_fraction",
     "check_positive",
     "check_whole",
     "create_backbone",
     "create_dense_features",
+    "divide_feature_map",
     "stage_strides",
     "tiler_arguments",
+    "top_mean",
     "vision_transformer_blocks",
 ]

@@ -38,6 +38,22 @@ def check_finite(**arguments: float) -> None:
             raise ValueError(msg)
 
 
+def check_fraction(**arguments: float) -> None:
+    """Refuse what is not a number in [0, 1].
+
+    Args:
+        **arguments (float): Values by the names of the arguments.
+
+    Raises:
+        ValueError: If a value is not a number, or out of its range.
+    """
+    check_finite(**arguments)
+    for name, value in arguments.items():
+        if not 0 <= value <= 1:
+            msg = f"{name} must be from 0 to 1, got {value}."
+            raise ValueError(msg)
+
+
 def check_positive(**arguments: float) -> None:
     """Refuse what is not a finite number above 0.
 

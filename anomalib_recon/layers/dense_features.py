@@ -240,6 +240,26 @@ def vision_transformer_blocks(name: str) -> tuple[list[str], int]:
     return ([block["module"] for block in info], strides.pop()) if len(strides) == 1 else ([], 0)
 
 
+def divide_feature_map(feature_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Count the square patches that tile a feature map.
+
+    Args:
+        feature_size (tuple[int, int]): Height and width of the feature map, in cells.
+        patch_size (int): Side of a patch, in cells.
+
+    Returns:
+        tuple[int, int]: Rows and columns.
+
+    Raises:
+        ValueError: If the patches do not tile the feature map.
+    """
+    rows, cols = feature_size
+    if rows % patch_size or cols % patch_size:
+        msg = f"patch_size must divide the feature map of {rows} x {cols} cells, got {patch_size}."
+        raise ValueError(msg)
+    return rows // patch_size, cols // patch_size
+
+
 def divide_image(image_size: tuple[int, int], side: int, meaning: str) -> tuple[int, int]:
     """Count the squares that tile an image.
 

@@ -11,7 +11,14 @@ Example:
 
 from torch import Tensor, nn
 
-from .arguments import check_finite
+from .arguments import check_fraction
+
+
+def top_mean(maps: Tensor, fraction: float) -> Tensor:
+    """Mean of a share of maps, from the highest value down; at 0 the maximum, ``(B, ..., H, W) -> (B,)``."""
+    values = maps.flatten(1)
+    count = max(1, round(fraction * values.shape[1]))
+    return values.topk(count, dim=1).values.mean(dim=1)
 
 
 class TopMean(nn.Module):
@@ -26,10 +33,7 @@ class TopMean(nn.Module):
 
     def __init__(self, top_fraction: float) -> None:
         super().__init__()
-        check_finite(top_fraction=top_fraction)
-        if not 0 <= top_fraction <= 1:
-            msg = f"top_fraction must be from 0 to 1, got {top_fraction}."
-            raise ValueError(msg)
+        check_fraction(top_fraction=top_fraction)
         self.top_fraction = top_fraction
 
     def forward(self, anomaly_map: Tensor) -> Tensor:
@@ -38,6 +42,4 @@ class TopMean(nn.Module):
         Returns:
             Tensor: Scores of shape ``(B,)``.
         """
-        values = anomaly_map.flatten(1)
-        count = max(1, round(self.top_fraction * values.shape[1]))
-        return values.topk(count, dim=1).values.mean(dim=1)
+        return top_mean(anomaly_map, self.top_fraction)

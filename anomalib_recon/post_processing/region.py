@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn import functional
 
+from anomalib_recon.layers import top_mean
+
 Polygon = Sequence[tuple[float, float]]
 
 # side of the square in which a polygon is drawn, in pixels
@@ -62,8 +64,7 @@ class RegionOfInterest(nn.Module):
         Returns:
             Tensor: Scores ``(B,)``.
         """
-        count = round(top_fraction * self.fraction * maps.shape[-2] * maps.shape[-1])
-        return maps.flatten(1).topk(max(1, count), dim=1).values.mean(dim=1)
+        return top_mean(maps, top_fraction * self.fraction)
 
     def pixels(self, maps: Tensor) -> Tensor:
         """Values inside, of maps or masks ``(B, ..., H, W)``, as ``(B, n)``."""

@@ -23,7 +23,7 @@ from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from anomalib_recon.layers import check_finite
+from anomalib_recon.layers import check_fraction
 from anomalib_recon.metrics import RawScoreEvaluator
 
 from .region import RegionOfInterest, read_region
@@ -86,10 +86,7 @@ class RegionPostProcessor(PostProcessor):
             image_sensitivity=image_sensitivity,
             pixel_sensitivity=pixel_sensitivity,
         )
-        check_finite(top_fraction=top_fraction)
-        if not 0 <= top_fraction <= 1:
-            msg = f"top_fraction must be from 0 to 1, got {top_fraction}."
-            raise ValueError(msg)
+        check_fraction(top_fraction=top_fraction)
         self.top_fraction = top_fraction
         self.region = None if region is None else RegionOfInterest(read_region(region))
 

@@ -66,5 +66,6 @@ def share_of_fit(trainer: Trainer, batches: float) -> float:
         share = max(share, trainer.global_step / trainer.max_steps)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None:
-            share = max(share, callback.time_elapsed() / max(callback.time_elapsed() + left, 1e-9))
-    return min(1.0, trainer.strategy.broadcast(share))
+            of_time = callback.time_elapsed() / max(callback.time_elapsed() + left, 1e-9)
+            share = max(share, trainer.strategy.broadcast(of_time))  # clocks differ, steps and epochs do not
+    return min(1.0, share)

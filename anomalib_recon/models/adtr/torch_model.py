@@ -33,6 +33,7 @@ from anomalib_recon.layers import (
     Tiling,
     check_finite,
     check_whole,
+    divide_feature_map,
     stage_strides,
 )
 
@@ -279,7 +280,7 @@ class ADTRModel(Tiling, nn.Module):
         self.resize = AntialiasResize(self.feature_size)
         self.scale = FeatureScale(self.backbone.num_channels, feature_scale)
         num_channels = sum(self.backbone.num_channels)
-        self.patch_grid = _divide(self.feature_size, patch_size)
+        self.patch_grid = divide_feature_map(self.feature_size, patch_size)
         self.num_tokens = math.prod(self.patch_grid)
 
         self.reduce = nn.Conv2d(num_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
@@ -389,15 +390,6 @@ def _check_hole(hole_size: int, grid_size: tuple[int, int], query: str, attentio
     if hole_size >= max(grid_size):
         msg = f"hole_size must leave tokens to see of {grid_size[0]} x {grid_size[1]}, got {hole_size}."
         raise ValueError(msg)
-
-
-def _divide(feature_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    if any(side % patch_size for side in feature_size):
-        msg = (
-            f"patch_size must divide the feature map of {feature_size[0]} x {feature_size[1]} cells, got {patch_size}."
-        )
-        raise ValueError(msg)
-    return feature_size[0] // patch_size, feature_size[1] // patch_size
 
 
 def _hole_biases(grid_size: tuple[int, int], hole_size: int, num_heads: int) -> tuple[Tensor, Tensor]:

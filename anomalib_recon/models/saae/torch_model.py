@@ -32,6 +32,7 @@ from anomalib_recon.layers import (
     TopMean,
     check_whole,
     create_dense_features,
+    divide_feature_map,
 )
 
 from .anomaly_map import AnomalyMapGenerator, Distance
@@ -118,10 +119,7 @@ class SAAEModel(Tiling, nn.Module):
         self.backbone = create_dense_features(
             backbone, layers, image_size, feature_stride, pre_trained, backbone_weights
         )
-        rows, cols = self.backbone.grid_size
-        if rows % patch_size or cols % patch_size:
-            msg = f"patch_size must divide the feature map of {rows} x {cols} cells, got {patch_size}."
-            raise ValueError(msg)
+        divide_feature_map(self.backbone.grid_size, patch_size)  # the autoencoder may be built later
         self.scale = FeatureScale(self.backbone.layer_channels, feature_scale)
         self.score = TopMean(top_fraction)
         self.anomaly_map_generator = AnomalyMapGenerator(

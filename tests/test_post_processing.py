@@ -339,11 +339,22 @@ def test_rates_that_the_images_cannot_resolve_are_announced(noise: Path, tmp_pat
     assert thresholds(model)[0] == float(highest)
 
 
+def test_at_a_rate_of_0_the_thresholds_are_the_highest_scores_of_normal_images(
+    noise: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    model = Tiny(post_processor=FalsePositiveRatePostProcessor(pixel_fpr=0, image_fpr=0))
+    fit(model, normal_only(noise), tmp_path)
+    with torch.no_grad():
+        raw = model.model(images_in(noise / "good"))
+    assert thresholds(model) == [float(raw.pred_score.max()), float(raw.anomaly_map.max())]
+    assert not any("cannot be resolved" in str(warning.message) for warning in recwarn)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"pixel_fpr": 0.0}, "pixel_fpr must lie between 0 and 1, got 0.0"),
-        ({"image_fpr": 5}, "image_fpr must lie between 0 and 1, got 5"),
+        ({"pixel_fpr": -0.1}, "pixel_fpr must be at least 0 and below 1, got -0.1"),
+        ({"image_fpr": 5}, "image_fpr must be at least 0 and below 1, got 5"),
         ({"split": "test"}, "split must be 'train' or 'val', got 'test'"),
     ],
 )

@@ -29,19 +29,19 @@ def find_thresholds(
     Args:
         model (ExportedModel): The model.
         paths (Sequence[Path]): Files of normal images that the model was not trained on.
-        image_fpr (float): Highest fraction of images, in (0, 1). Defaults to ``0.05``.
-        pixel_fpr (float): Highest fraction of pixels, in (0, 1). Defaults to ``0.005``.
+        image_fpr (float): Highest fraction of images, at least 0 and below 1. Defaults to ``0.05``.
+        pixel_fpr (float): Highest fraction of pixels, at least 0 and below 1. Defaults to ``0.005``.
 
     Returns:
         Thresholds: Thresholds on raw scores.
 
     Raises:
-        ValueError: If a rate is not in (0, 1), there are no images, the model has no thresholds that could be replaced,
+        ValueError: If a rate is out of its range, there are no images, the model has no thresholds that could be replaced,
             or a score is NaN or infinite.
     """
     for name, rate in (("image_fpr", image_fpr), ("pixel_fpr", pixel_fpr)):
-        if not 0 < rate < 1:
-            msg = f"{name} must lie between 0 and 1, got {rate}; 0.05 calls 5 % of what is normal anomalous."
+        if not 0 <= rate < 1:
+            msg = f"{name} must be at least 0 and below 1, got {rate}; 0.05 calls 5 % of what is normal anomalous."
             raise ValueError(msg)
     if not paths:
         msg = "paths must name at least one normal image, got none."

@@ -49,7 +49,7 @@ def main(args: Sequence[str] | None = None) -> Thresholds:
     old = model.thresholds
     new = find_thresholds(model, paths, options.image_fpr, options.pixel_fpr)
     set_thresholds(options.model, new, options.output)
-    if options.image_fpr * len(paths) < 1:
+    if 0 < options.image_fpr * len(paths) < 1:
         print(f"image_fpr {options.image_fpr:g} cannot be told apart from 0 with {len(paths)} images.")
     print(f"thresholds of raw scores, from {len(paths)} images")
     for kind in ("image", "pixel"):

@@ -18,7 +18,7 @@ class HighestScores:
     that the rate is lower than asked for, never higher.
 
     Args:
-        max_rate: Highest rate that is asked for, in (0, 1).
+        max_rate: Highest rate that is asked for, in [0, 1).
         num_images: Number of images, over all processes together.
         device: Device of the scores.
     """
@@ -71,7 +71,7 @@ class HighestScores:
         """Find the lowest threshold above which at most a fraction ``rate`` of all scores lies.
 
         Args:
-            rate: False-positive rate in (0, ``max_rate``].
+            rate: False-positive rate in [0, ``max_rate``]; at 0 it is the highest score.
         """
         allowed = _allowed(rate, self.count)
         next_highest = self.highest.sort(descending=True).values[allowed : allowed + 1]

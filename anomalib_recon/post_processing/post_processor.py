@@ -60,9 +60,10 @@ class FalsePositiveRatePostProcessor(RegionPostProcessor):
     other rates and saves a new checkpoint.
 
     Args:
-        pixel_fpr (float): Highest fraction of the pixels of normal images to be called anomalous, in (0, 1).
+        pixel_fpr (float): Highest fraction of the pixels of normal images to be called anomalous, in [0, 1); at 0 the
+            threshold is their highest score.
             Defaults to ``0.005``, as in the paper.
-        image_fpr (float): Highest fraction of the normal images to be called anomalous, in (0, 1).
+        image_fpr (float): Highest fraction of the normal images to be called anomalous, in [0, 1).
             Defaults to ``0.05``, one image of 20: a rate that a few dozen images resolve.
         split (Literal["train", "val"]): The split with the normal images, ``"train"`` or ``"val"``; anomalous images in
             it are left out.
@@ -76,7 +77,7 @@ class FalsePositiveRatePostProcessor(RegionPostProcessor):
             Defaults to ``0.0``, the maximum.
 
     Raises:
-        ValueError: If a rate is not in (0, 1), the split is unknown, or the region cannot be used.
+        ValueError: If a rate is out of its range, the split is unknown, or the region cannot be used.
     """
 
     def __init__(
@@ -90,8 +91,8 @@ class FalsePositiveRatePostProcessor(RegionPostProcessor):
     ) -> None:
         super().__init__(region, top_fraction, enable_normalization=enable_normalization)
         for name, rate in (("pixel_fpr", pixel_fpr), ("image_fpr", image_fpr)):
-            if not 0 < rate < 1:
-                msg = f"{name} must lie between 0 and 1, got {rate}; 0.005 calls 0.5 % of what is normal anomalous."
+            if not 0 <= rate < 1:
+                msg = f"{name} must be at least 0 and below 1, got {rate}; 0.005 calls 0.5 % of what is normal anomalous."
                 raise ValueError(msg)
         if split not in {"train", "val"}:
             msg = f"split must be 'train' or 'val', got {split!r}."
@@ -206,7 +207,7 @@ class FalsePositiveRatePostProcessor(RegionPostProcessor):
         scores.gather()
         if scores.count == 0:  # a model without maps
             return
-        if rate * scores.count < 1:
+        if 0 < rate * scores.count < 1:
             rank_zero_warn(
                 f"{kind}_fpr {rate} cannot be resolved with {scores.count} normal {kind}s; the threshold is their "
                 "highest score."

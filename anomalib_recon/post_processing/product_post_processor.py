@@ -38,9 +38,9 @@ class ProductPostProcessor(FalsePositiveRatePostProcessor):
     Args:
         products (list[str]): Names of the folders of the products.
         pixel_fpr (float): Highest fraction of the pixels of a product's normal images to be called anomalous, in
-            (0, 1).
+            [0, 1).
             Defaults to ``0.005``.
-        image_fpr (float): Highest fraction of a product's normal images to be called anomalous, in (0, 1).
+        image_fpr (float): Highest fraction of a product's normal images to be called anomalous, in [0, 1).
             Defaults to ``0.05``.
         split (Literal["train", "val"]): The split with the normal images.
             Defaults to ``"train"``.

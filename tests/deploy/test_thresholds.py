@@ -160,7 +160,7 @@ def test_a_model_without_normalisation_and_thresholds(demo: Path, good: Path, tm
 def test_what_cannot_work_is_refused(path: Path, good: Path, tmp_path: Path) -> None:
     model = ExportedModel(path)
     images = find_images(good)
-    with pytest.raises(ValueError, match="image_fpr must lie between 0 and 1, got 5"):
+    with pytest.raises(ValueError, match="image_fpr must be at least 0 and below 1, got 5"):
         find_thresholds(model, images, image_fpr=5)
     with pytest.raises(ValueError, match="paths must name at least one normal image"):
         find_thresholds(model, [])

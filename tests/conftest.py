@@ -83,6 +83,21 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root of demo data with all their pictures, which every category gets once, for all workers of a parallel run."""
+    folder = tmp_path_factory.getbasetemp()
+    root = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "drawn"
+    root.mkdir(exist_ok=True)
+    return root
+
+
+def link_demo_data(drawn: Path, folder: Path) -> None:
+    """Let demo data be drawn in a folder where ``DemoAD`` looks for them by default."""
+    (folder / "datasets").mkdir()
+    (folder / "datasets" / "DemoAD").symlink_to(drawn, target_is_directory=True)
+
+
 @pytest.fixture(scope="session", params=TINY)
 def name(request: pytest.FixtureRequest) -> str:
     """Each of the models in turn."""

@@ -20,9 +20,9 @@ FAMILIES = {"structural", "missing part", "contamination", "misplacement"}
 
 
 @pytest.fixture(scope="module")
-def leather(tmp_path_factory) -> DemoAD:
+def leather(drawn: Path) -> DemoAD:
     """A whole category."""
-    datamodule = DemoAD(root=tmp_path_factory.mktemp("demo"), category="leather", augmentations=Resize((128, 128)))
+    datamodule = DemoAD(root=drawn, category="leather", augmentations=Resize((128, 128)))
     datamodule.prepare_data()
     return datamodule
 

@@ -12,6 +12,8 @@ from IPython.utils.capture import RichOutput, capture_output
 from matplotlib import pyplot as plt
 from traitlets.config import Config
 
+from tests.conftest import link_demo_data
+
 NOTEBOOKS = sorted(Path(__file__).parents[1].glob("notebooks/*.ipynb"))
 
 
@@ -23,9 +25,10 @@ class Shell(InteractiveShell):
 
 
 @pytest.fixture(scope="module")
-def shell(tmp_path_factory: pytest.TempPathFactory):
-    """One shell, whose folder the notebooks share, so that images are drawn once."""
+def shell(drawn: Path, tmp_path_factory: pytest.TempPathFactory):
+    """One shell, whose folder the notebooks share."""
     folder = tmp_path_factory.mktemp("notebooks")
+    link_demo_data(drawn, folder)
     backend = plt.get_backend()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

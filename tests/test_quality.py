@@ -33,8 +33,8 @@ SIZES = {
 
 
 @pytest.fixture(scope="module")
-def datamodule(tmp_path_factory: pytest.TempPathFactory) -> DemoAD:
-    return DemoAD(root=tmp_path_factory.mktemp("demo"), category="plate", train_batch_size=10)
+def datamodule(drawn: Path) -> DemoAD:
+    return DemoAD(root=drawn, category="plate", train_batch_size=10)
 
 
 def images_of(dataset: AnomalibDataset) -> Tensor:

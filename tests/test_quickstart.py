@@ -6,13 +6,15 @@ import pytest
 from PIL import Image
 
 from anomalib_recon import quickstart
+from tests.conftest import link_demo_data
 
 
 def test_quickstart_trains_shows_exports_and_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """A shorter version of the whole: about a fifth of its optimiser steps."""
     monkeypatch.chdir(tmp_path)
+    link_demo_data(drawn, tmp_path)
     metrics = quickstart.main(["--trainer.max_epochs", "3", "--trainer.enable_progress_bar", "false"])
 
     assert metrics["image_AUROC"] >= 0.85

@@ -36,8 +36,8 @@ def find_thresholds(
         Thresholds: Thresholds on raw scores.
 
     Raises:
-        ValueError: If a rate is out of its range, there are no images, the model has no thresholds that could be replaced,
-            or a score is NaN or infinite.
+        ValueError: If a rate is out of its range, there are no images, the model has no thresholds that could be
+            replaced, or a score is NaN or infinite.
     """
     for name, rate in (("image_fpr", image_fpr), ("pixel_fpr", pixel_fpr)):
         if not 0 <= rate < 1:

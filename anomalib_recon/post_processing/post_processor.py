@@ -92,7 +92,9 @@ class FalsePositiveRatePostProcessor(RegionPostProcessor):
         super().__init__(region, top_fraction, enable_normalization=enable_normalization)
         for name, rate in (("pixel_fpr", pixel_fpr), ("image_fpr", image_fpr)):
             if not 0 <= rate < 1:
-                msg = f"{name} must be at least 0 and below 1, got {rate}; 0.005 calls 0.5 % of what is normal anomalous."
+                msg = (
+                    f"{name} must be at least 0 and below 1, got {rate}; 0.005 calls 0.5 % of what is normal anomalous."
+                )
                 raise ValueError(msg)
         if split not in {"train", "val"}:
             msg = f"split must be 'train' or 'val', got {split!r}."

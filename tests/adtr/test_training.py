@@ -250,8 +250,8 @@ def test_training_that_cannot_start_is_refused(
     assert "\n" not in str(error.value)
 
 
-def test_drawn_defects_are_found_without_trained_weights(tmp_path: Path) -> None:
-    datamodule = DemoAD(root=tmp_path, category="plate", train_batch_size=2)
+def test_drawn_defects_are_found_without_trained_weights(drawn: Path, tmp_path: Path) -> None:
+    datamodule = DemoAD(root=drawn, category="plate", train_batch_size=2)
     arguments = {
         "layers": ["layer1"], "image_size": 128, "feature_size": 16, "embed_dim": 64, "num_heads": 4, "mlp_dim": 128,
         "learning_rate": 1e-3, "lr_drop_epoch": 12, "visualizer": False,

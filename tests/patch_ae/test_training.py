@@ -262,14 +262,14 @@ def test_two_processes_train_one_model_with_one_bank(stripes: Path, tmp_path: Pa
     assert float(distances.amin(dim=1).max()) < 1e-4
 
 
-def test_demo_data_floor_with_an_untrained_backbone(tmp_path: Path) -> None:
+def test_demo_data_floor_with_an_untrained_backbone(drawn: Path, tmp_path: Path) -> None:
     seed_everything(0)
     model = PatchAE(
         backbone="resnet18", pre_trained=False, image_size=64, embed_dim=64, coreset_ratio=0.05, sigma=1.0,
         visualizer=False,
     )  # fmt: skip
     engine = Engine(default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", enable_progress_bar=False)
-    datamodule = DemoAD(root=tmp_path / "data", category="grid")
+    datamodule = DemoAD(root=drawn, category="grid")
     engine.fit(model, datamodule=datamodule)
     (figures,) = engine.test(model, datamodule=datamodule, verbose=False)
     assert figures["image_AUROC"] > 0.7

@@ -126,12 +126,12 @@ def test_resumed_run_keeps_the_latent_width_of_its_checkpoint(
     assert model.model.autoencoder.latent_dim == first.hparams["latent_dim"]
 
 
-def test_an_untrained_backbone_finds_the_defects_of_the_demo_data(tmp_path: Path) -> None:
+def test_an_untrained_backbone_finds_the_defects_of_the_demo_data(drawn: Path, tmp_path: Path) -> None:
     seed_everything(0)
     # the features of random weights have most of their variance in a few components, so more of it is kept
     model = SAAE("vit_tiny_patch16_224", pre_trained=False, image_size=128, explained_variance=0.99, learning_rate=1e-3)
     engine = Engine(default_root_dir=tmp_path, max_epochs=8, accelerator="cpu", enable_progress_bar=False)
-    datamodule = DemoAD(root=tmp_path / "demo", category="grid")
+    datamodule = DemoAD(root=drawn, category="grid")
     engine.fit(model, datamodule=datamodule)
     assert engine.test(model, datamodule=datamodule)[0]["pixel_AUROC"] > 0.9
 

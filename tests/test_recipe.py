@@ -17,9 +17,9 @@ from tests.exports import expected_from, export, images_of, run
 from tests.robustness.conftest import data
 from tests.tiny_models import build, checkpoint_of, engine_in
 
-RECIPE = {"feature_scale": "whiten", "distance": "mahalanobis", "use_one_cycle": True}
+RECIPE = {"feature_scale": "whiten", "distance": "mahalanobis", "top_fraction": 0.02, "use_one_cycle": True}
 HOLE = {"feature_size": 8, "patch_size": 2, "hole_size": 1}
-ARGUMENTS = {"SAAE": {**RECIPE, "latent_dim": 8, "top_fraction": 0.02}, "ADTR": {**RECIPE, **HOLE}}
+ARGUMENTS = {"SAAE": {**RECIPE, "latent_dim": 8}, "ADTR": {**RECIPE, **HOLE}}
 
 
 @pytest.fixture(scope="module", params=ARGUMENTS)

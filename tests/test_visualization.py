@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from anomalib.cli.cli import AnomalibCLI
 from anomalib.data import ImageBatch, ImageItem
 from anomalib.visualization import ImageVisualizer
 from lightning.pytorch import LightningModule, Trainer
@@ -10,7 +11,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.tv_tensors import Mask
 
-from anomalib_recon.visualization import ReconstructionVisualizer, draw_attention
+from anomalib_recon.visualization import ContactSheetVisualizer, ReconstructionVisualizer, draw_attention
+from tests.tiny_models import build, demo_data, engine_in, train
 
 SIDE = 256  # a panel's side in anomalib's pictures
 PANELS = ["image", "gt_mask", "reconstruction", "image + anomaly_map", "image + pred_mask"]
@@ -84,7 +86,8 @@ def test_without_ground_truth_its_panel_is_left_out(batch):
 
 def test_without_reconstruction_pictures_are_anomalibs(batch):
     del batch.reconstruction
-    for own, expected in zip(ReconstructionVisualizer()(batch), ImageVisualizer()(batch), strict=True):
+    expected_pictures = ImageVisualizer(text_config={"size": SIDE // 16})(batch)
+    for own, expected in zip(ReconstructionVisualizer()(batch), expected_pictures, strict=True):
         np.testing.assert_array_equal(np.asarray(own), np.asarray(expected))
 
 
@@ -118,3 +121,47 @@ def test_attention_is_drawn_where_it_is() -> None:
     assert red[1, 6] == red.max() > 0
     assert np.unique(red).size == 3
     assert patches[2, 6].tolist() != patches[0, 0].tolist()
+
+
+def test_titles_are_not_cut_off() -> None:
+    item = ImageItem(image=torch.zeros(3, SIDE, SIDE), anomaly_map=torch.zeros(SIDE, SIDE))
+    plain, titled = (
+        np.asarray(ReconstructionVisualizer(text_config={"enable": enable})(item)).astype(int)
+        for enable in (False, True)
+    )
+    columns = np.flatnonzero(np.abs(titled - plain).sum(axis=(0, 2))[-SIDE:])  # of "Image + Anomaly Map"
+    assert columns.min() > 0
+    assert columns.max() < SIDE - 1
+
+
+def test_contact_sheet_shows_what_the_model_was_wrong_about(demo, tmp_path) -> None:
+    sheet = ContactSheetVisualizer()
+    model = train(build("ADTR", visualizer=sheet), demo, tmp_path).model
+    datamodule = demo_data(demo)
+    engine = engine_in(tmp_path)
+    engine.test(model, datamodule=datamodule, verbose=False)
+    [path] = tmp_path.rglob("contact_sheet.png")
+    with Image.open(path) as picture:
+        assert picture.size[0] == 1600
+
+    images = [item for batch in engine.predict(model, dataloaders=datamodule.test_dataloader()) for item in batch]
+    scores = {item.image_path: float(item.pred_score) for item in images}
+    wrong = [item for item in images if bool(item.pred_label) != bool(item.gt_label)]
+    assert wrong
+    for cases, is_defective in ((sheet.misses, True), (sheet.false_alarms, False)):
+        expected = [item.image_path for item in wrong if bool(item.gt_label) == is_defective]
+        expected.sort(key=lambda name: abs(scores[name] - 0.5), reverse=True)
+        assert [case.path for case in cases] == expected[:10]
+        assert all(case.score == pytest.approx(scores[case.path], abs=1e-6) for case in cases)
+
+
+def test_a_test_on_the_command_line_draws_a_contact_sheet(demo, tmp_path) -> None:
+    checkpoint = train(build("SAAE"), demo, tmp_path / "trained").checkpoint
+    arguments = [
+        "test", "--model", "SAAE", "--ckpt_path", checkpoint, "--data", "anomalib_recon.data.DemoAD",
+        "--data.root", str(demo), "--default_root_dir", str(tmp_path), "--model.backbone", "resnet18",
+        "--model.layers", "[layer1, layer2]", "--model.pre_trained", "false", "--model.image_size", "64",
+        "--model.visualizer", "anomalib_recon.visualization.ContactSheetVisualizer", "--trainer.accelerator", "cpu",
+    ]  # fmt: skip
+    AnomalibCLI(arguments)
+    assert len(list(tmp_path.rglob("contact_sheet.png"))) == 1

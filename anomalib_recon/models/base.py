@@ -42,6 +42,7 @@ from anomalib_recon.training import (
     FeatureBatch,
     FeatureCache,
     FiniteLoss,
+    ProgressLines,
     RandomState,
     ReadableImages,
     evaluation,
@@ -245,7 +246,7 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """What happens around a fit, and anomalib's components."""
-        ours = [ReadableImages(), FiniteLoss(), RandomState(), *self.configure_end()]
+        ours = [ReadableImages(), FiniteLoss(), RandomState(), ProgressLines(), *self.configure_end()]
         if self.feature_cache:
             ours.append(self.feature_cache)
         return [*ours, *cast("Sequence[Callback]", super().configure_callbacks())]

@@ -9,6 +9,7 @@ from .guards import FiniteLoss, ReadableImages
 from .held_out import HeldOutImages
 from .images import check_training_files, evaluation, map_images, normal_images, own_share, score_images
 from .products import check_products, find_products
+from .progress import ProgressLines
 from .schedule import one_cycle, one_cycle_factor, share_of_fit
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "FeatureCache",
     "FiniteLoss",
     "HeldOutImages",
+    "ProgressLines",
     "RandomState",
     "ReadableImages",
     "check_products",

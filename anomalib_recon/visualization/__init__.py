@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Result pictures that show what a model reconstructed, and where it looked."""
+"""Result pictures that show what a model reconstructed, where it looked, and what it was wrong about."""
 
 from .attention import draw_attention
+from .contact_sheet import ContactSheetVisualizer
 from .visualizer import ReconstructionVisualizer
 
-__all__ = ["ReconstructionVisualizer", "draw_attention"]
+__all__ = ["ContactSheetVisualizer", "ReconstructionVisualizer", "draw_attention"]

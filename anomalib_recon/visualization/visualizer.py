@@ -43,6 +43,8 @@ class ReconstructionVisualizer(ImageVisualizer):
 
     def __init__(self, fields: list[str] | None = None, **kwargs: Any) -> None:
         super().__init__(fields or ["image", "gt_mask", "reconstruction"], **kwargs)
+        # anomalib's own size cuts off the longest title, "Image + Anomaly Map"
+        self.text_config = {**self.text_config, "size": self.text_config["size"] or self.field_size[0] // 16}
 
     def visualize(
         self, predictions: ImageItem | NumpyImageItem | ImageBatch | NumpyImageBatch

@@ -175,3 +175,12 @@ def test_score_is_the_maximum_of_the_averaged_map(pool_size: int) -> None:
     windows = np.lib.stride_tricks.sliding_window_view(maps, (pool_size, pool_size), axis=(1, 2))
     scores = AnomalyMapGenerator((16, 24), pool_size).score(torch.from_numpy(maps)[:, None])
     np.testing.assert_allclose(scores, windows.mean(axis=(3, 4)).max(axis=(1, 2)))
+
+
+@pytest.mark.parametrize(("pool_size", "count"), [(1, 19), (4, 14)])
+def test_score_is_the_mean_of_the_highest_of_the_averaged_map(pool_size: int, count: int) -> None:
+    maps = np.random.default_rng(0).random((3, 16, 24))
+    windows = np.lib.stride_tricks.sliding_window_view(maps, (pool_size, pool_size), axis=(1, 2)).mean(axis=(3, 4))
+    highest = np.sort(windows.reshape(3, -1))[:, -count:]  # 5 % of 384 or of 273
+    scores = AnomalyMapGenerator((16, 24), pool_size, top_fraction=0.05).score(torch.from_numpy(maps)[:, None])
+    np.testing.assert_allclose(scores, highest.mean(axis=1))

@@ -217,6 +217,7 @@ WRONG: dict[type[nn.Module], tuple[dict[str, Any], dict[str, tuple[Any, ...]]]] 
         {
             "image_size": NOT_A_SIZE, "query": NOT_A_CHOICE, "attention": NOT_A_CHOICE, "backbone": NOT_A_CHOICE,
             "feature_size": (0, -8, 7, 2.5, (8,), "8", True), "dropout": (*NOT_A_NUMBER, -0.1, 1.0),
+            "top_fraction": (*NOT_A_NUMBER, -0.1, 1.1),
             **dict.fromkeys(("embed_dim", "depth", "num_heads", "mlp_dim", "pool_size"), NOT_A_COUNT),
         },
     ),

@@ -16,9 +16,10 @@ from matplotlib.ticker import LogFormatter
 from sklearn.metrics import roc_curve
 from torch.nn.functional import interpolate
 
+from anomalib_recon.visualization.contact_sheet import DEFECTIVE, GOOD, GREY
+
 from .scores import PICTURE_SIZE, Scores
 
-GOOD, DEFECTIVE, GREY = "#4c78a8", "#e4572e", "#667085"
 COLOURS = colormaps["tab10"].colors  # type: ignore[attr-defined]
 MARKERS = "osD^vPX*"
 CASES_PER_KIND = 2

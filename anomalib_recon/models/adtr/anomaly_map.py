@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from anomalib_recon.layers import ResidualDistance
+from anomalib_recon.layers import ResidualDistance, TopMean
 
 Distance = Literal["norm", "mahalanobis"]
 
@@ -19,16 +19,24 @@ class AnomalyMapGenerator(nn.Module):
     Args:
         image_size (tuple[int, int]): Height H and width W of the images, in pixels.
         pool_size (int): Side of the window, in pixels, over which the map is averaged for the score.
+        top_fraction (float): Share of the averaged map, from the highest value down, whose mean is the score; at 0 it
+            is the maximum.
+            Defaults to ``0.0``.
         mahalanobis (ResidualDistance | None): What measures the difference, instead of the L2 norm.
             Defaults to ``None``.
     """
 
     def __init__(
-        self, image_size: tuple[int, int], pool_size: int, mahalanobis: ResidualDistance | None = None
+        self,
+        image_size: tuple[int, int],
+        pool_size: int,
+        top_fraction: float = 0.0,
+        mahalanobis: ResidualDistance | None = None,
     ) -> None:
         super().__init__()
         self.image_size = image_size
         self.pool_size = pool_size
+        self.top_mean = TopMean(top_fraction)
         self.mahalanobis = mahalanobis
 
     def forward(self, features: Tensor, reconstruction: Tensor) -> Tensor:
@@ -49,7 +57,7 @@ class AnomalyMapGenerator(nn.Module):
         return functional.interpolate(lengths, size=self.image_size, mode="bilinear", align_corners=False)
 
     def score(self, anomaly_map: Tensor) -> Tensor:
-        """Take the maximum of the averagely pooled map.
+        """Take the maximum of the averagely pooled map, or the mean of its highest values.
 
         Args:
             anomaly_map (Tensor): Map of shape ``(B, 1, H, W)``.
@@ -59,4 +67,4 @@ class AnomalyMapGenerator(nn.Module):
         """
         # a pool along each axis in turn takes pool_size / 2 times fewer additions than one along both
         rows = functional.avg_pool2d(anomaly_map, (self.pool_size, 1), stride=1)
-        return functional.avg_pool2d(rows, (1, self.pool_size), stride=1).amax(dim=(1, 2, 3))
+        return self.top_mean(functional.avg_pool2d(rows, (1, self.pool_size), stride=1))

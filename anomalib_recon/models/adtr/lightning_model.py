@@ -90,6 +90,9 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
             Defaults to ``0``.
         pool_size (int): Side of the window, in pixels, over which the map is averaged for the image's score.
             Defaults to ``16``.
+        top_fraction (float): Share of the averaged map, from the highest value down, whose mean is the image's score;
+            at 0 the score is the maximum.
+            Defaults to ``0.0``.
         feature_scale (Literal["none", "stage", "channel", "whiten"]): Bring features to one scale: that of each stage
             or channel, or of all principal components.
             Defaults to ``"none"``.
@@ -136,7 +139,7 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
     """
 
     network = ADTRModel
-    free_arguments = ("dropout", "pool_size")
+    free_arguments = ("dropout", "pool_size", "top_fraction")
 
     def __init__(
         self,
@@ -156,6 +159,7 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         patch_size: int = 1,
         hole_size: int = 0,
         pool_size: int = 16,
+        top_fraction: float = 0.0,
         feature_scale: ScaleBy = "none",
         distance: Distance = "norm",
         labels: Literal["pixel", "image"] | None = None,

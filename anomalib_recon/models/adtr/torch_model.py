@@ -230,6 +230,9 @@ class ADTRModel(Tiling, nn.Module):
             Defaults to ``0``.
         pool_size (int): Side of the window, in pixels, over which the map is averaged for the image's score.
             Defaults to ``16``.
+        top_fraction (float): Share of the averaged map, from the highest value down, whose mean is the image's score;
+            at 0 the score is the maximum.
+            Defaults to ``0.0``.
         feature_scale (ScaleBy): Bring features to one scale: that of each stage
             or channel, or of all principal components.
             Defaults to ``"none"``.
@@ -259,6 +262,7 @@ class ADTRModel(Tiling, nn.Module):
         patch_size: int = 1,
         hole_size: int = 0,
         pool_size: int = 16,
+        top_fraction: float = 0.0,
         feature_scale: ScaleBy = "none",
         distance: Distance = "norm",
     ) -> None:
@@ -301,6 +305,7 @@ class ADTRModel(Tiling, nn.Module):
         self.anomaly_map_generator = AnomalyMapGenerator(
             image_size,
             pool_size,
+            top_fraction,
             ResidualDistance(num_channels, self.feature_size) if distance == "mahalanobis" else None,
         )
         self._initialize()

@@ -21,6 +21,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 from anomalib_recon.config_files import config_path
 from anomalib_recon.experiments.compare.__main__ import main
 from anomalib_recon.experiments.compare.plots import chosen_cases
+from anomalib_recon.experiments.compare.ranking import advise, rank_models
 from anomalib_recon.experiments.compare.runs import read_runs
 from anomalib_recon.experiments.compare.scores import Scores
 from anomalib_recon.experiments.compare.training_images import (
@@ -111,7 +112,7 @@ def test_every_format_is_measured_on_raw_scores(output: Path, folder: Path) -> N
 
 def test_the_report_stands_alone(output: Path, folder: Path) -> None:
     html = (output / "report.html").read_text()
-    assert "small InTra &lt;1&gt;" in html
+    assert "Take small InTra &lt;1&gt;." in html
     assert "Not finished yet: other on stripes." in html
     links = re.findall(r"""(?:src|href|url\()\s*=?\s*["']?([^"'\s>)]+)""", html)
     assert len(links) == 5  # speed, histograms, ROC curves, cases, training images
@@ -122,6 +123,44 @@ def test_the_report_stands_alone(output: Path, folder: Path) -> None:
         with Image.open(path) as picture:
             picture.verify()
     assert not list(output.rglob("*.part*"))
+
+
+def ranked(*lines: tuple[str, str, float, float, float]) -> tuple[pd.DataFrame, int]:
+    """Ranking of models whose three defective images are 1, 2 and 3, and whose two good ones are 0 and 2."""
+    scores = Scores([""] * 5, np.array([1, 1, 1, 0, 0], dtype=bool), np.array([1.0, 2.0, 3.0, 0.0, 2.0]))
+    columns = ["data", "model", "image_AUROC", "openvino_ms", "threshold"]
+    frame = pd.DataFrame(list(lines), columns=columns).assign(pixel_AUPRO=0.5, torch_ms=40.0)
+    return rank_models(frame, {(line[0], line[1]): scores for line in lines}), frame["data"].nunique()
+
+
+def test_models_are_ranked_by_their_mean_image_auroc() -> None:
+    lines = [("a", "X", 0.8, 10.0, 1.5), ("a", "Y", 0.9, np.nan, 0.5), ("b", "X", 1.0, 20.0, 2.5)]
+    alone, _ = ranked(*lines)
+    assert list(alone.index) == ["X"]  # Y is not finished on b
+    both, num_data = ranked(*lines, ("b", "Y", 0.92, 30.0, 5.0))
+    assert both["image_AUROC"].to_dict() == pytest.approx({"Y": 0.91, "X": 0.9})
+    assert both["milliseconds"].to_dict() == {"Y": 35.0, "X": 15.0}
+    assert both[["found", "defective", "false_alarms", "good"]].to_dict("index") == {
+        "X": {"found": 3, "defective": 6, "false_alarms": 1, "good": 4},
+        "Y": {"found": 3, "defective": 6, "false_alarms": 1, "good": 4},
+    }
+    assert list(both.index) == ["Y", "X"]
+    assert advise(both, num_data).startswith("Take Y. Its image AUROC is 0.910 on average over 2 data sets;")
+
+
+@pytest.mark.parametrize(
+    ("others", "end"),
+    [
+        ([], "calls 1 of 2 good ones defective."),
+        ([("a", "Y", 0.9, 1.0, 1.5)], "Y comes next, 0.050 behind."),
+        ([("a", "Y", 0.945, 9.0, 1.5)], "Y can hardly be told from it: at most 0.01 behind."),
+        ([("a", "Y", 0.945, 4.0, 1.5)], "take Y: it is 0.005 behind and 2.5 times as fast."),
+    ],
+)
+def test_advice_weighs_accuracy_and_speed(others: list, end: str) -> None:
+    advice = advise(*ranked(("a", "X", 0.95, 10.0, 1.5), *others))
+    assert advice.startswith("Take X. Its image AUROC is 0.950; by its own threshold it finds 2 of 3 defective images")
+    assert advice.endswith(end)
 
 
 def test_what_is_finished_is_not_done_again(arguments: list[str], output: Path, folder: Path) -> None:

@@ -13,6 +13,7 @@ from anomalib_recon.experiments.training import read_json
 from anomalib_recon.files import write_whole
 
 from .plots import histograms, roc_curves, speed_against_accuracy
+from .ranking import advise, rank_models
 from .runs import Run
 from .scores import Scores
 from .training_images import oddest, short_names
@@ -118,10 +119,12 @@ def write_report(runs: Sequence[Run], title: str, output: Path) -> Path:
     frame = results_frame(finished)
     pictures = {"speed.png": speed_against_accuracy(frame)}
     sections = []
+    all_scores: dict[tuple[str, str], Scores] = {}
     for data in frame["data"].unique():
         members = {run.model: run for run in finished if run.data == data}
         folder = next(iter(members.values())).folder.parent.name
         scores = {model: Scores.read(run.folder / "scores.npz") for model, run in members.items()}
+        all_scores |= {(data, model): values for model, values in scores.items()}
         lines = frame[frame["data"] == data]
         thresholds = dict(zip(lines["model"], lines["threshold"], strict=True))
         pictures |= {f"{folder}-scores.png": histograms(scores, thresholds), f"{folder}-roc.png": roc_curves(scores)}
@@ -137,9 +140,13 @@ def write_report(runs: Sequence[Run], title: str, output: Path) -> Path:
             "training": [(model, *_training(run)) for model, run in members.items()],
         })  # fmt: skip
 
+    ranking = rank_models(frame, all_scores)
     environment = Environment(loader=PackageLoader(__package__, "."), autoescape=True, undefined=StrictUndefined)
     html = environment.get_template("report.html.jinja").render(
         title=title,
+        advice=advise(ranking, frame["data"].nunique()),
+        ranking=ranking.to_dict("index"),
+        unranked=[model for model in frame["model"].unique() if model not in ranking.index],
         headings=[heading for _, heading, _, _ in COLUMNS],
         sections=sections,
         speed=_embed(pictures["speed.png"]),

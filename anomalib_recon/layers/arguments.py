@@ -4,6 +4,8 @@
 
 import math
 
+from torch import Tensor
+
 
 def check_whole(**arguments: int) -> None:
     """Refuse what is not a whole number of at least 1.
@@ -68,3 +70,23 @@ def check_positive(**arguments: float) -> None:
         if value <= 0:
             msg = f"{name} must be positive, got {value}."
             raise ValueError(msg)
+
+
+def check_image_size(images: Tensor, image_size: tuple[int, int], num_channels: int = 3) -> None:
+    """Refuse images of another size than that of the network.
+
+    Args:
+        images (Tensor): Images of shape ``(B, C, H, W)``.
+        image_size (tuple[int, int]): Height and width that the network was built for, in pixels.
+        num_channels (int): Its channels.
+            Defaults to ``3``.
+
+    Raises:
+        ValueError: If the images are of another size.
+    """
+    if images.shape[1:] != (num_channels, *image_size):
+        msg = (
+            f"images must have shape (B, {num_channels}, {image_size[0]}, {image_size[1]}), got "
+            f"{tuple(images.shape)}; resize them or build the model with their image_size."
+        )
+        raise ValueError(msg)

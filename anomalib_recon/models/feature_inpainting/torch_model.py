@@ -30,6 +30,7 @@ from anomalib_recon.layers import (
     FeatureScale,
     Tiling,
     TopMean,
+    check_image_size,
     check_whole,
     create_dense_features,
     stage_strides,
@@ -135,12 +136,7 @@ class FeatureInpaintingModel(Tiling, nn.Module):
         Raises:
             ValueError: If the images are not of the size that the network was built for.
         """
-        if images.shape[-2:] != self.image_size:
-            msg = (
-                f"images must have shape (B, 3, {self.image_size[0]}, {self.image_size[1]}), got "
-                f"{tuple(images.shape)}; resize them or build the model with their image_size."
-            )
-            raise ValueError(msg)
+        check_image_size(images, self.image_size)
         return self.scale(self.backbone(images))
 
     def reconstruct(self, features: Tensor) -> Tensor:

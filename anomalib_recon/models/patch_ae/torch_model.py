@@ -31,6 +31,7 @@ from anomalib_recon.layers import (
     ScaleBy,
     Tiling,
     Whitening,
+    check_image_size,
     check_whole,
     create_backbone,
     stage_strides,
@@ -168,12 +169,7 @@ class PatchAEModel(Tiling, nn.Module):
         Raises:
             ValueError: If the images are not of the size that the network was built for.
         """
-        if images.shape[1:] != (NUM_CHANNELS, *self.image_size):
-            msg = (
-                f"images must have shape (B, {NUM_CHANNELS}, {self.image_size[0]}, {self.image_size[1]}), got "
-                f"{tuple(images.shape)}; resize them or build the model with their image_size."
-            )
-            raise ValueError(msg)
+        check_image_size(images, self.image_size)
         stages = self.backbone(self.normalize(images))
         with torch.autocast(images.device.type, enabled=False):
             return torch.cat([self.resize(stage.float()) for stage in stages], dim=1)

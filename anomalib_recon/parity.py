@@ -74,7 +74,8 @@ def load_model(name: str, checkpoint: Path, exact_resize: bool = False) -> Anoma
         msg = f"ckpt must be a checkpoint, got {checkpoint}, which is no file."
         raise ValueError(msg)
     if not issubclass(model_class, RawScoreExport):
-        model_class = type(name, (RawScoreExport, model_class), {})
+        # a name of its own: the command line finds classes by their names, and would find two
+        model_class = type(f"RawScore{name}", (RawScoreExport, model_class), {})
     without_weights = {"pre_trained": False} if "pre_trained" in inspect.signature(model_class).parameters else {}
     model = model_class.load_from_checkpoint(checkpoint, map_location="cpu", **without_weights)
     if exact_resize:

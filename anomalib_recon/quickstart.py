@@ -7,9 +7,13 @@ they can be run again with other data. Further arguments are passed on to ``anom
 ``--data.category leather`` or ``--default_root_dir results/leather``.
 """
 
+import contextlib
+import io
+import logging
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
@@ -33,19 +37,36 @@ from anomalib_recon.files import write_whole
 from anomalib_recon.visualization import ReconstructionVisualizer
 
 SEED = 0
-PICTURES_PER_TYPE = 2
+ODDEST_SHOWN = 3
 
 
-def run(*args: str) -> AnomalibCLI:
+def run(*args: str, shows_output: bool = True) -> AnomalibCLI:
     """Print and run an ``anomalib`` command in this process."""
     print(f"\n$ anomalib {shlex.join(args)}", flush=True)
-    return AnomalibCLI(args)
+    with contextlib.nullcontext() if shows_output else contextlib.redirect_stdout(io.StringIO()):
+        return AnomalibCLI(args)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out what libraries say of themselves."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning_fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def first_of_each_type(folder: Path) -> Iterator[Path]:
-    """The first test images of each type in MVTec AD's layout."""
+    """The first test image of each type in MVTec AD's layout."""
     for kind in sorted(folder.iterdir()):
-        yield from sorted(kind.glob("*.png"))[:PICTURES_PER_TYPE]
+        yield from sorted(kind.glob("*.png"))[:1]
 
 
 def predict_with_openvino(model: Path, images: Path, output: Path) -> None:
@@ -81,7 +102,7 @@ def show_training_images(training: AnomalibCLI, output: Path) -> None:
     scores = score_training_images(training.model, datamodule.train_data, datamodule.eval_batch_size)
     names = short_names(scores.paths)
     print(f"\n{'oddest training images':<28} raw score")
-    for index in oddest(scores):
+    for index in oddest(scores)[:ODDEST_SHOWN]:
         print(f"{names[index]:<28} {scores.scores[index]:.3g}")
     write_whole(output, training_picture(scores))
 
@@ -95,6 +116,11 @@ def main(args: Sequence[str] = ()) -> dict[str, float]:
     Returns:
         dict[str, float]: Test metrics.
     """
+    with quiet():
+        return _run_all(args)
+
+
+def _run_all(args: Sequence[str]) -> dict[str, float]:
     start = time.monotonic()
     seed_everything(SEED)  # `anomalib train` reads an argument of this name and does nothing with it
     training = run("train", "--config", str(config_path("quickstart/intra.yaml")), *args)
@@ -108,7 +134,7 @@ def main(args: Sequence[str] = ()) -> dict[str, float]:
     training_images = folder / "training_images.png"
     show_training_images(training, training_images)
     export = ("export", "--model", "InTra", "--ckpt_path", checkpoint.best_model_path, "--export_type", "openvino")
-    run(*export, "--export_root", str(folder))
+    run(*export, "--export_root", str(folder), shows_output=False)  # torch's exporter prints its steps
     exported = folder / "weights" / "openvino" / "model.xml"
     datamodule = training.datamodule
     predict_with_openvino(exported, datamodule.root / datamodule.category / "test", folder / "openvino_images")

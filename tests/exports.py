@@ -2,7 +2,9 @@
 
 """Exported models, executed beside the checkpoint they come from."""
 
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import openvino
@@ -19,10 +21,29 @@ BF16 = {"INFERENCE_PRECISION_HINT": "bf16"}
 
 def export(model: AnomalibModule, folder: Path, export_type: ExportType, **kwargs) -> Path:
     engine = Engine(default_root_dir=folder, accelerator="cpu")
+    if export_type == ExportType.OPENVINO and "input_size" not in kwargs:
+        keep_graph(model)
     path = engine.export(model, export_type, export_root=folder, **kwargs)
     model.eval()
     assert path is not None
     return path
+
+
+def keep_graph(model: AnomalibModule) -> None:
+    """Have torch's exporter run once, however often a model is compressed: it takes most of the time."""
+    if "to_onnx" in vars(model):
+        return
+    to_onnx, kept = model.to_onnx, TemporaryDirectory()
+
+    def to_onnx_once(export_root: Path, *args, **kwargs) -> Path:
+        kept_files = list(Path(kept.name).rglob("*.onnx"))
+        if not kept_files:
+            path = to_onnx(kept.name, *args, **kwargs)
+            kept_files = [path]
+        shutil.copytree(kept.name, export_root, dirs_exist_ok=True)
+        return Path(export_root) / kept_files[0].relative_to(kept.name)
+
+    model.to_onnx = to_onnx_once
 
 
 def images_of(root: Path, size: tuple[int, int]) -> np.ndarray:

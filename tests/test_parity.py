@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from anomalib.cli.cli import AnomalibCLI
 from anomalib.models import Padim
 from anomalib.pre_processing import PreProcessor
 from torchvision.transforms.v2 import Compose, Normalize, Resize
@@ -51,6 +52,10 @@ def test_bounds_decide(padim: str, demo: Path, tmp_path: Path, capsys: pytest.Ca
     assert parity.main([*arguments, "--score_bound", "1e-9", "--map_bound", "1"]) == 1
     assert parity.main([*arguments, "--score_bound", "1", "--map_bound", "1e-9"]) == 1
     assert results(capsys.readouterr().out) == ["NO", "yes", "NO", "NO"]
+    # the command line still finds one class of this name
+    data = ["--data", "Folder", "--data.name", "grid", "--data.normal_dir", str(images)]
+    model = AnomalibCLI(["fit", "--model", "Padim", "--model.pre_trained", "false", *data], run=False).model
+    assert type(model) is Padim
 
 
 def test_what_cannot_work_is_refused(padim: str, demo: Path, tmp_path: Path) -> None:

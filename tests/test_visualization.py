@@ -129,7 +129,7 @@ def test_titles_are_not_cut_off() -> None:
         np.asarray(ReconstructionVisualizer(text_config={"enable": enable})(item)).astype(int)
         for enable in (False, True)
     )
-    columns = np.flatnonzero(np.abs(titled - plain).sum(axis=(0, 2))[-SIDE:])  # of "Image + Anomaly Map"
+    columns = np.flatnonzero(np.abs(titled - plain).sum(axis=(0, 2))[SIDE : 2 * SIDE])  # of "Image + Anomaly Map"
     assert columns.min() > 0
     assert columns.max() < SIDE - 1
 

@@ -80,16 +80,16 @@ def test_openvino_in_threads(exported: dict[ExportType, Path], demo: Path) -> No
 
     def predict(image: np.ndarray) -> NumpyImageBatch:
         if not hasattr(own, "inferencer"):
-            # one core each, so that a sum is not shared out otherwise from call to call
-            own.inferencer = OpenVINOInferencer(path, config={**FP32, "INFERENCE_NUM_THREADS": 1})
+            own.inferencer = OpenVINOInferencer(path, config=FP32)
         return own.inferencer.predict(image)
 
     expected = [predict(image) for image in images]
-    assert np.ptp([single.pred_score for single in expected]) > 0
+    assert np.ptp([single.pred_score for single in expected]) > 0.1
     with ThreadPoolExecutor(4) as pool:
         for result, single in zip(pool.map(predict, images), expected, strict=True):
-            np.testing.assert_array_equal(result.pred_score, single.pred_score)
-            np.testing.assert_array_equal(result.anomaly_map, single.anomaly_map)
+            # another image's would be off by far more; sums are shared out, and aligned in memory, in other ways
+            np.testing.assert_allclose(result.pred_score, single.pred_score, atol=1e-4)
+            np.testing.assert_allclose(result.anomaly_map, single.anomaly_map, atol=1e-4)
 
 
 def read(path: Path) -> None:

@@ -62,12 +62,6 @@ def test_openvino_scores_are_those_of_the_checkpoint(
     assert np.array_equal(result["pred_label"].ravel(), expected["pred_label"].ravel())
 
 
-def test_export_of_a_fixed_input_size(model: InTra, stripes: Path, tmp_path: Path) -> None:
-    path = export(model, tmp_path, ExportType.OPENVINO, input_size=OWN_SIZE)
-    images = images_of(stripes, OWN_SIZE)
-    assert largest_difference(run(path, images, 4), expected_from(model, images)) < 1e-3
-
-
 def test_a_model_trained_on_single_patches_is_exported_to_cover_four(
     datamodule: MVTecAD, stripes: Path, tmp_path: Path
 ) -> None:
@@ -107,13 +101,13 @@ def count_nodes(graph: onnx.GraphProto) -> int:
 
 def test_graph_is_as_small_for_large_images_and_many_chunks(tmp_path: Path) -> None:
     counts, chunks = [], []
-    for image_size, windows_per_chunk in ((32, 16), (32, 3), (64, 16)):
+    for image_size, windows_per_chunk in ((32, 3), (64, 16)):
         model = InTra(image_size, 8, 3, embed_dim=16, depth=2, num_heads=2, windows_per_chunk=windows_per_chunk)
         path = model.to_onnx(tmp_path / f"{image_size}_{windows_per_chunk}")
         counts.append(count_nodes(onnx.load(path).graph))
         chunks.append(-(-len(model.model.tokens) // windows_per_chunk))
-    assert chunks == [1, 6, 4]
-    assert counts == [counts[0]] * 3
+    assert chunks == [6, 4]
+    assert counts[0] == counts[1]
 
 
 def test_torch_export_after_training_holds_no_images_and_no_paths(

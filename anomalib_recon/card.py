@@ -131,16 +131,14 @@ def card_of(model: AnomalibModule, title: str, trained_on: str, licence: str, fi
     processor = model.post_processor
     # one of each product, if the post-processor has several
     thresholds = {kind: getattr(processor, f"{kind}_threshold").flatten().tolist() for kind in ("image", "pixel")}
+    texts = {kind: ", ".join(f"{value:.6g}" for value in values) for kind, values in thresholds.items()}
     return TEMPLATE.format(
         data=data.to_yaml(),
         title=title,
         name=name,
         trained_on=trained_on,
         figures=_table("metric", {metric: f"{value:.4g}" for metric, value in figures.items()}) or "None were given.",
-        thresholds=_table(
-            "of raw scores",
-            {kind: ", ".join(f"{value:.6g}" for value in values) for kind, values in thresholds.items()},
-        ),
+        thresholds=_table("of raw scores", texts),
         arguments=_table("argument", {key: f"`{value}`" for key, value in arguments.items()}),
         own_version=version("anomalib-recon"),
         anomalib_version=anomalib.__version__,

@@ -26,7 +26,9 @@ from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
 from numpy.typing import NDArray
 
-from anomalib_recon.deploy import ExportedModel, find_images, read_image
+from anomalib_recon.data import DeepGreyPredictDataset
+from anomalib_recon.deploy import ExportedModel, GreyLevels, find_images, read_image
+from anomalib_recon.deploy.grey_levels import add_level_arguments, levels_from
 from anomalib_recon.post_processing import RawScoreExport
 from anomalib_recon.pre_processing import ExactResizePreProcessor
 
@@ -83,20 +85,25 @@ def load_model(name: str, checkpoint: Path, exact_resize: bool = False) -> Anoma
     return model
 
 
-def predict(model: AnomalibModule, folder: Path) -> Predictions:
+def predict(model: AnomalibModule, folder: Path, levels: GreyLevels | None = None) -> Predictions:
     """Score images as ``anomalib predict`` does.
 
     Args:
         model (AnomalibModule): The model.
         folder (Path): Folder of images.
+        levels (GreyLevels | None): Those of the training, for images with more than 8 bits of grey.
+            Defaults to ``None``.
 
     Returns:
         Predictions: Scores, labels, maps and masks of each file.
     """
     model.visualizer = None
+    dataset = (
+        DeepGreyPredictDataset(folder, levels.black_level, levels.white_level) if levels else PredictDataset(folder)
+    )
     with tempfile.TemporaryDirectory() as root:
         engine = Engine(default_root_dir=root, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False)
-        batches: Any = engine.predict(model, dataset=PredictDataset(folder))
+        batches: Any = engine.predict(model, dataset=dataset)
     names = [*SCORES, *SCORES.values()]
     return {
         Path(path): {name: getattr(item, name).numpy() for name in names if getattr(item, name) is not None}
@@ -121,7 +128,7 @@ def export(model: AnomalibModule, folder: Path) -> list[Path]:
     return paths
 
 
-def find_difference(expected: Predictions, exported: ExportedModel) -> Difference:
+def find_difference(expected: Predictions, exported: ExportedModel, levels: GreyLevels | None = None) -> Difference:
     """Compare an export with what the checkpoint predicts.
 
     Scores that are not normalised are divided by the range of the checkpoint's.
@@ -129,6 +136,8 @@ def find_difference(expected: Predictions, exported: ExportedModel) -> Differenc
     Args:
         expected (Predictions): What the checkpoint predicts.
         exported (ExportedModel): The export.
+        levels (GreyLevels | None): Those of the training, for images with more than 8 bits of grey.
+            Defaults to ``None``.
 
     Returns:
         Difference: The difference.
@@ -137,7 +146,7 @@ def find_difference(expected: Predictions, exported: ExportedModel) -> Differenc
     lowest, highest = dict.fromkeys(SCORES, 0.0), dict.fromkeys(SCORES, 1.0)
     changed, counted = dict.fromkeys(SCORES, 0), dict.fromkeys(SCORES, 0)
     for path, prediction in expected.items():
-        outputs = exported(read_image(path)[None])
+        outputs = exported(read_image(path, levels)[None])
         for scores, labels in SCORES.items():
             if scores not in prediction:
                 continue
@@ -169,6 +178,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--map_bound", type=float, default=0.01, help="largest difference of a pixel, of a range of 1 (default: 0.01)"
     )
+    add_level_arguments(parser)
     return parser
 
 
@@ -185,12 +195,12 @@ def main(args: Sequence[str] | None = None) -> int:
         ValueError: If an argument cannot work.
     """
     options = build_parser().parse_args(args)
-    count = len(find_images(options.data))
+    count, levels = len(find_images(options.data)), levels_from(options)
     model = load_model(options.model, options.ckpt, options.exact_resize)
     with tempfile.TemporaryDirectory() as folder:
         paths = options.exports or export(model, Path(folder))
-        expected = predict(model, options.data)
-        differences = [find_difference(expected, ExportedModel(path)) for path in paths]
+        expected = predict(model, options.data, levels)
+        differences = [find_difference(expected, ExportedModel(path), levels) for path in paths]
     rows = [
         {
             "export": "OpenVINO" if path.suffix == ".xml" else "ONNX",

@@ -35,13 +35,14 @@ from pathlib import Path
 import pandas as pd
 import torch
 from anomalib import TaskType
-from anomalib.data import AnomalibDataset, Folder, ImageItem
-from anomalib.data.utils import LabelName, Split, TestSplitMode, ValSplitMode, read_image, read_mask
+from anomalib.data import Folder
+from anomalib.data.utils import LabelName, Split, TestSplitMode, ValSplitMode
 from anomalib.data.utils.path import DirType, resolve_path
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import Transform
-from torchvision.transforms.v2.functional import resize
 from torchvision.tv_tensors import Mask
+
+from .sample_dataset import SampleDataset
 
 Folders = str | Path | Sequence[str | Path]
 
@@ -55,7 +56,7 @@ def draw(total: int, count: int, seed: int | None) -> list[int]:
     return sorted(torch.randperm(total, generator=generator)[:count].tolist())
 
 
-class LabelledFolderDataset(AnomalibDataset):
+class LabelledFolderDataset(SampleDataset):
     """Images to train on, normal and anomalous.
 
     If every anomaly has a mask, or is irrelevant, the task is segmentation: ``gt_mask`` is zero for normal images, the
@@ -69,37 +70,15 @@ class LabelledFolderDataset(AnomalibDataset):
     """
 
     def __init__(self, name: str, samples: pd.DataFrame) -> None:
-        super().__init__()
-        self._name = name
-        self.samples = samples
+        super().__init__(name, samples)
         unmasked = (samples.label == DirType.ABNORMAL.value) & (samples.mask_path == "")
         self.samples.attrs["task"] = (TaskType.CLASSIFICATION if unmasked.any() else TaskType.SEGMENTATION).value
 
-    @property
-    def name(self) -> str:
-        """Name of the dataset."""
-        return self._name
-
-    def __getitem__(self, index: int) -> ImageItem:
-        """Load an image, and its mask if the task is segmentation."""
-        sample = self.samples.iloc[index]
-        image = read_image(sample.image_path, as_tensor=True)
-        gt_mask = _load_mask(sample, image.shape[-2:]) if self.task == TaskType.SEGMENTATION else None
-        if self.augmentations:
-            image, gt_mask = self.augmentations(image, gt_mask)
-        return ImageItem(
-            image=image,
-            gt_mask=gt_mask,
-            gt_label=torch.tensor(sample.label_index),
-            image_path=sample.image_path,
-            mask_path=sample.mask_path,
-        )
-
-
-def _load_mask(sample: pd.Series, size: tuple[int, ...]) -> Mask:
-    if sample.mask_path:
-        return resize(read_mask(sample.mask_path, as_tensor=True), list(size))  # to the nearest pixel, as it is a Mask
-    return Mask(torch.full(size, sample.label == IRRELEVANT, dtype=torch.uint8))
+    def read_mask(self, sample: pd.Series, size: tuple[int, ...]) -> Mask:
+        """Read the mask of a defect, or make one for a normal or an irrelevant image."""
+        if sample.label == IRRELEVANT:
+            return Mask(torch.ones(size, dtype=torch.uint8))
+        return super().read_mask(sample, size)
 
 
 class LabelledFolder(Folder):

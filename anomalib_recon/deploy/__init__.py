@@ -6,12 +6,14 @@ Importing this package imports numpy alone; openvino, onnxruntime and Pillow are
 """
 
 from .calibration import find_thresholds, set_thresholds
+from .grey_levels import GreyLevels
 from .images import find_images, read_image, resize
 from .metadata import Scale, Thresholds
 from .model import ExportedModel
 
 __all__ = [
     "ExportedModel",
+    "GreyLevels",
     "Scale",
     "Thresholds",
     "find_images",

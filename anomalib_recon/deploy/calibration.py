@@ -13,13 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import onnx_file
+from .grey_levels import GreyLevels
 from .images import read_image
 from .metadata import RAW_MAP, RAW_SCORE, Scale, Thresholds
 from .model import ExportedModel
 
 
 def find_thresholds(
-    model: ExportedModel, paths: Sequence[Path], image_fpr: float = 0.05, pixel_fpr: float = 0.005
+    model: ExportedModel,
+    paths: Sequence[Path],
+    image_fpr: float = 0.05,
+    pixel_fpr: float = 0.005,
+    levels: GreyLevels | None = None,
 ) -> Thresholds:
     """Find the lowest thresholds at which at most a fraction of normal images and of their pixels is anomalous.
 
@@ -31,6 +36,8 @@ def find_thresholds(
         paths (Sequence[Path]): Files of normal images that the model was not trained on.
         image_fpr (float): Highest fraction of images, at least 0 and below 1. Defaults to ``0.05``.
         pixel_fpr (float): Highest fraction of pixels, at least 0 and below 1. Defaults to ``0.005``.
+        levels (GreyLevels | None): Those of the training, for images with more than 8 bits of grey.
+            Defaults to ``None``.
 
     Returns:
         Thresholds: Thresholds on raw scores.
@@ -49,7 +56,7 @@ def find_thresholds(
     normalized = model.thresholds.normalized
     images, pixels = _Highest(image_fpr, len(paths)), _Highest(pixel_fpr, len(paths))
     for path in paths:
-        outputs = model(read_image(path)[None])
+        outputs = model(read_image(path, levels)[None])
         images.update(outputs[RAW_SCORE])
         if RAW_MAP in outputs:
             pixels.update(outputs[RAW_MAP])

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-# anomalib reads images with ``convert("RGB")``, which clips these to 255 without a word
-CLIPPED_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
+from .grey_levels import DEEP_MODES, GreyLevels
+
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
@@ -32,23 +32,30 @@ def find_images(folder: Path) -> list[Path]:
     return paths
 
 
-def read_image(path: str | Path) -> NDArray[np.float32]:
-    """Read an image as anomalib does; needs Pillow.
+def read_image(path: str | Path, levels: GreyLevels | None = None) -> NDArray[np.float32]:
+    """Read an image as anomalib does, or one with more than 8 bits of grey; needs Pillow.
 
     Args:
         path (str | Path): The file.
+        levels (GreyLevels | None): Values that become 0 and 1, of an image with more than 8 bits of grey.
+            Defaults to ``None``, for an image of 8 bits per channel.
 
     Returns:
-        NDArray[np.float32]: Red, green and blue, ``(3, H, W)``, values in [0, 1].
+        NDArray[np.float32]: Red, green and blue, ``(3, H, W)``, values in [0, 1]; equal if ``levels`` is given.
 
     Raises:
-        ValueError: If it holds more than 8 bits of grey.
+        ValueError: If it holds more than 8 bits of grey and ``levels`` is not given, or the other way round.
     """
     from PIL import Image  # noqa: PLC0415  # arrays are scored without it
 
+    if levels is not None:
+        return np.repeat(levels.read(path)[None], 3, axis=0)
     with Image.open(path) as image:
-        if image.mode in CLIPPED_MODES:
-            msg = f"The image {path} has pixels of mode {image.mode}, not of 8 bits per channel; convert it."
+        if image.mode in DEEP_MODES:
+            msg = (
+                f"The image {path} has pixels of mode {image.mode}, not of 8 bits per channel; pass the black_level "
+                "and white_level of the training, in Python as levels=GreyLevels(...)."
+            )
             raise ValueError(msg)
         pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)) / np.float32(255)

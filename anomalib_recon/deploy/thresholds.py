@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .calibration import find_thresholds, set_thresholds
+from .grey_levels import add_level_arguments, levels_from
 from .images import find_images
 from .metadata import Thresholds
 from .model import ExportedModel
@@ -27,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image_fpr", type=float, default=0.05, help="highest fraction of images (default: 0.05)")
     parser.add_argument("--pixel_fpr", type=float, default=0.005, help="highest fraction of pixels (default: 0.005)")
     parser.add_argument("--output", type=Path, help="file to write (default: the model itself)")
+    add_level_arguments(parser)
     return parser
 
 
@@ -47,7 +49,7 @@ def main(args: Sequence[str] | None = None) -> Thresholds:
     model = ExportedModel(options.model)
     paths = find_images(options.images)
     old = model.thresholds
-    new = find_thresholds(model, paths, options.image_fpr, options.pixel_fpr)
+    new = find_thresholds(model, paths, options.image_fpr, options.pixel_fpr, levels_from(options))
     set_thresholds(options.model, new, options.output)
     if 0 < options.image_fpr * len(paths) < 1:
         print(f"image_fpr {options.image_fpr:g} cannot be told apart from 0 with {len(paths)} images.")

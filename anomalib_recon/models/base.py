@@ -87,6 +87,8 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
             one.
         free_arguments (tuple[str, ...]): Arguments of the network in which a checkpoint may differ from the model it is
             loaded into.
+        added_arguments (dict[str, Any]): Arguments that the network did not have at first, with the value by which it
+            is what it was: a checkpoint without them has these.
         feature_cache (FeatureCache | None): Keeps what ``training_inputs`` makes of images that stay the same.
         needs_datamodule (bool): Whether ``start`` or ``finish`` need the normal training images, of whatever arguments
             the model has.
@@ -95,6 +97,7 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
     network: ClassVar[type[nn.Module]]
     default_image_size: ClassVar[tuple[int, int]] = (256, 256)
     free_arguments: ClassVar[tuple[str, ...]] = ()
+    added_arguments: ClassVar[dict[str, Any]] = {}
     feature_cache: FeatureCache | None = None
     needs_datamodule: bool = False
     model: Any
@@ -458,7 +461,8 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
         """
         free = {"pre_trained", "backbone_weights", *self.free_arguments}
         names = [name for name in _arguments_of(self.network) if name not in free]
-        refuse_other_networks(checkpoint, type(self).__name__, self.hparams, names)
+        arguments = {**self.added_arguments, **checkpoint.get("hyper_parameters", {})}
+        refuse_other_networks({"hyper_parameters": arguments}, type(self).__name__, self.hparams, names)
 
 
 def _resized(pre_processor: Any) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from anomalib.data import AnomalibDataset, PredictDataset
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from .image_files import check_image_modes
+from .image_files import check_image_modes, reads_deep_grey
 from .images import check_training_files
 
 # optimiser steps after which the losses are looked at: a look at each would stop a GPU at each
@@ -121,6 +121,6 @@ def _check_loaders(loaders: Any) -> None:
     for loader in loaders if isinstance(loaders, Iterable) and not hasattr(loaders, "dataset") else [loaders]:
         dataset = getattr(loader, "dataset", None)
         if isinstance(dataset, AnomalibDataset):
-            check_image_modes(dataset.samples.image_path)
+            check_image_modes(dataset.samples.image_path, reads_deep_grey(dataset))
         elif isinstance(dataset, PredictDataset):
-            check_image_modes(dataset.image_filenames)
+            check_image_modes(dataset.image_filenames, reads_deep_grey(dataset))

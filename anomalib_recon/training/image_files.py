@@ -6,34 +6,53 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
-from anomalib_recon.deploy.images import CLIPPED_MODES
+from anomalib_recon.deploy.grey_levels import DEEP_MODES, check_deep_grey
 
 
-def check_image_files(paths: Iterable[str | Path]) -> None:
-    """Decode image files and refuse those that anomalib could not read, or would read wrongly.
+class _Look(NamedTuple):
+    """What a file holds: Pillow's mode, and whether a value is NaN, if it was decoded."""
+
+    mode: str
+    has_nan: bool
+
+
+def check_image_files(paths: Iterable[str | Path], deep_grey: bool = False) -> None:
+    """Decode image files and refuse those that the dataset could not read, or would read wrongly.
 
     Args:
         paths (Iterable[str | Path]): Image files.
+        deep_grey (bool): Whether the dataset reads images with more than 8 bits of grey, and those alone; anomalib's
+            datasets do not.
+            Defaults to ``False``.
 
     Raises:
-        ValueError: If a file is not a whole image, or holds more than 8 bits of grey.
+        ValueError: If a file is not a whole image, or not one for this dataset.
     """
-    _check_modes(paths, decode=True)
+    _check_images(paths, deep_grey, decode=True)
 
 
-def check_image_modes(paths: Iterable[str | Path]) -> None:
+def check_image_modes(paths: Iterable[str | Path], deep_grey: bool = False) -> None:
     """Read the headers of image files; otherwise as :func:`check_image_files`.
 
     Args:
         paths (Iterable[str | Path]): Image files.
+        deep_grey (bool): See :func:`check_image_files`.
+            Defaults to ``False``.
 
     Raises:
-        ValueError: If a file is no image, or holds more than 8 bits of grey.
+        ValueError: If a file is no image, or not one for this dataset.
     """
-    _check_modes(paths, decode=False)
+    _check_images(paths, deep_grey, decode=False)
+
+
+def reads_deep_grey(dataset: object) -> bool:
+    """Whether a dataset reads images with more than 8 bits of grey: those of this package have ``levels`` then."""
+    return hasattr(dataset, "levels")
 
 
 def check_mask_files(paths: Iterable[str | Path]) -> None:
@@ -46,28 +65,30 @@ def check_mask_files(paths: Iterable[str | Path]) -> None:
         ValueError: If a file is not a whole image.
     """
     with ThreadPoolExecutor() as pool:
-        for _ in pool.map(partial(_find_mode, decode=True), paths):
+        for _ in pool.map(partial(_look_at, decode=True), paths):
             pass
 
 
-def _check_modes(paths: Iterable[str | Path], decode: bool) -> None:
+def _check_images(paths: Iterable[str | Path], deep_grey: bool, decode: bool) -> None:
     paths = list(paths)
     with ThreadPoolExecutor() as pool:
-        for path, mode in zip(paths, pool.map(partial(_find_mode, decode=decode), paths), strict=True):
-            if mode in CLIPPED_MODES:
+        for path, (mode, has_nan) in zip(paths, pool.map(partial(_look_at, decode=decode), paths), strict=True):
+            if deep_grey:
+                check_deep_grey(path, mode, has_nan)
+            elif mode in DEEP_MODES:
                 msg = (
-                    f"The image {path} has pixels of mode {mode}, which anomalib would clip to 255; convert it to 8 "
-                    "bits per channel."
+                    f"The image {path} has pixels of mode {mode}, which anomalib would clip to 255; read it by "
+                    "DeepGreyFolder, or DeepGreyPredictDataset, or convert it to 8 bits per channel."
                 )
                 raise ValueError(msg)
 
 
-def _find_mode(path: str | Path, decode: bool) -> str:
+def _look_at(path: str | Path, decode: bool) -> _Look:
     try:
         with Image.open(path) as image:
             if decode:
                 image.load()
-            return image.mode
+            return _Look(image.mode, decode and image.mode == "F" and bool(np.isnan(np.asarray(image)).any()))
     except Exception as error:  # Pillow's decoders fail in many ways, and tell none of them from another
         msg = f"The image {path} cannot be read ({error}); replace or remove it."
         raise ValueError(msg) from error

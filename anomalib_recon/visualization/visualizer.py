@@ -11,15 +11,19 @@ Example:
     >>> picture = ReconstructionVisualizer()(batch)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from anomalib.data import ImageBatch, ImageItem, NumpyImageBatch, NumpyImageItem
+from anomalib.utils.path import generate_output_filename
 from anomalib.visualization import ImageVisualizer
 from anomalib.visualization.image import functional
 from lightning.pytorch import Trainer
 from PIL import Image
 from torch import Tensor
+
+from anomalib_recon.deploy.grey_levels import is_deep
 
 # anomalib draws a field with the function of that module that bears its name.
 functional.visualize_reconstruction = functional.visualize_image  # type: ignore[attr-defined]
@@ -30,6 +34,8 @@ class ReconstructionVisualizer(ImageVisualizer):
 
     The pictures show the image, the ground truth mask if there is one, the reconstruction, the anomaly map over the
     image and the predicted mask over the image. Without a reconstruction they are those of anomalib's visualizer.
+    anomalib's draws the image from its file; of a file with more than 8 bits of grey, which it would draw white, the
+    pictures show what the model has seen.
 
     A model provides the reconstruction as the attribute ``reconstruction`` of the batch, a tensor of shape
     ``(B, 3, H, W)`` with values in ``[0, 1]``. Lightning does not move this attribute between devices: it should be on
@@ -57,7 +63,12 @@ class ReconstructionVisualizer(ImageVisualizer):
         Returns:
             Image.Image | list[Image.Image | None] | None: One picture for an item or a batch of one, else a list.
         """
-        return super().visualize(_hand_out_reconstruction(predictions))
+        if isinstance(predictions, ImageItem):
+            return super().visualize(_from_memory_if_deep(predictions))
+        if not isinstance(predictions, ImageBatch):
+            return super().visualize(predictions)
+        pictures: list[Any] = [self.visualize(item) for item in _hand_out_reconstruction(predictions)]
+        return pictures[0] if len(pictures) == 1 else pictures
 
     def on_test_batch_end(
         self,
@@ -69,8 +80,19 @@ class ReconstructionVisualizer(ImageVisualizer):
         dataloader_idx: int = 0,
     ) -> None:
         """Save one picture for each image; anomalib's ``on_predict_batch_end`` calls this too."""
-        items = _hand_out_reconstruction(batch)
-        super().on_test_batch_end(trainer, pl_module, outputs, items, batch_idx, dataloader_idx)
+        del pl_module, outputs, batch_idx, dataloader_idx
+        self.output_dir = self.output_dir or Path(trainer.default_root_dir) / "images"
+        datamodule = getattr(trainer, "datamodule", None)
+        for item in _hand_out_reconstruction(batch):
+            picture: Any = self.visualize(item)
+            if picture is not None:
+                path = generate_output_filename(
+                    input_path=item.image_path or "",
+                    output_path=self.output_dir,
+                    dataset_name=getattr(datamodule, "name", None),
+                    category=getattr(datamodule, "category", None),
+                )
+                picture.save(path)
 
 
 @dataclass
@@ -88,8 +110,11 @@ class _ReconstructionBatch(ImageBatch):
     reconstruction: Tensor | None = None
 
 
-def _hand_out_reconstruction(predictions: Any) -> Any:
+def _hand_out_reconstruction(batch: ImageBatch) -> ImageBatch:
     """Make the items of a batch carry their part of its reconstruction, if it has one."""
-    if isinstance(predictions, ImageBatch) and hasattr(predictions, "reconstruction"):
-        return _ReconstructionBatch(**vars(predictions))
-    return predictions
+    return _ReconstructionBatch(**vars(batch)) if hasattr(batch, "reconstruction") else batch
+
+
+def _from_memory_if_deep(item: ImageItem) -> ImageItem:
+    """Leave out the path of a file with more than 8 bits of grey: without one, anomalib draws ``item.image``."""
+    return replace(item, image_path=None) if item.image_path and is_deep(item.image_path) else item

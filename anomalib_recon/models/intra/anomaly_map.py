@@ -59,7 +59,7 @@ class AnomalyMapGenerator(nn.Module):
         """Smoothed difference of the gradients at half and at quarter scale: ``diff`` of section 3.5.
 
         Args:
-            images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
+            images (Tensor): Images of shape ``(B, C, H, W)`` with values in [0, 1].
             reconstruction (Tensor): Reconstructed images of the same shape.
 
         Returns:
@@ -89,7 +89,7 @@ class AnomalyMapGenerator(nn.Module):
         return (difference - normal_difference).abs()
 
     def _gradient_difference(self, images: Tensor, reconstruction: Tensor, scale: float) -> Tensor:
-        """d_g of eq. 11 at the given scale, ``(B, 3, H, W) -> (B, 1, scale * H, scale * W)``."""
+        """d_g of eq. 11 at the given scale, ``(B, C, H, W) -> (B, 1, scale * H, scale * W)``."""
         size = (int(self.image_size[0] * scale), int(self.image_size[1] * scale))
         similarity = gradient_magnitude_similarity(self._resize(images, size), self._resize(reconstruction, size))
         return 1 - similarity.mean(dim=1, keepdim=True)

@@ -18,7 +18,7 @@ See Also:
 
 import time
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from anomalib.data import Batch
@@ -46,7 +46,7 @@ from anomalib_recon.training import (
 
 from .augmentation import rotate_and_flip
 from .loss import MIN_PATCH_SIZE, InTraLoss
-from .torch_model import InTraModel, check_readout
+from .torch_model import NUM_CHANNELS, InTraModel, check_readout
 
 # windows that pass forward and backward at a time in training on a CPU
 WINDOWS_PER_PASS = 64
@@ -116,6 +116,9 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
         covered_per_window (int): Patches covered and painted at a time in a window outside training: 1 is exact; 4 and
             9 make inference about as many times faster, an approximation, and need ``readout="token"``.
             Defaults to ``1``.
+        in_channels (int): Channels of an image that are painted: 3, or 1 for grey images, whose three channels are
+            equal. With 1, images in colour are taken as the mean of their channels.
+            Defaults to ``3``.
         pre_processor (PreProcessor | bool): Pre-processor.
             Defaults to ``True``.
         post_processor (PostProcessor | bool): Post-processor.
@@ -131,6 +134,7 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
 
     network = InTraModel
     free_arguments = ("windows_per_chunk", "covered_per_window")
+    added_arguments: ClassVar[dict[str, Any]] = {"in_channels": NUM_CHANNELS}
 
     def __init__(
         self,
@@ -159,6 +163,7 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
         train_covered: int = 1,
         windows_per_chunk: int = 32,
         covered_per_window: int = 1,
+        in_channels: int = NUM_CHANNELS,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -190,6 +195,9 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
                 f"patch_size must be at least {MIN_PATCH_SIZE} for the SSIM in the loss, got {patch_size}; enlarge it "
                 "or set ssim_weight to 0."
             )
+            raise ValueError(msg)
+        if in_channels not in {1, NUM_CHANNELS}:
+            msg = f"in_channels must be 1 or {NUM_CHANNELS}, got {in_channels}: images of anomalib have three channels."
             raise ValueError(msg)
         if not 0 < held_out_fraction < 1:
             msg = f"held_out_fraction must lie between 0 and 1, got {held_out_fraction}."

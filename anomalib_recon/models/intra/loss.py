@@ -63,7 +63,7 @@ class InTraLoss(nn.Module):
         """Compare covered patches with the inpainted ones.
 
         Args:
-            patches (Tensor): Covered patches of shape ``(n, 3, K, K)``, with values in [0, 1].
+            patches (Tensor): Covered patches of shape ``(n, C, K, K)``, with values in [0, 1].
             inpainted (Tensor): Inpainted patches of the same shape.
 
         Returns:

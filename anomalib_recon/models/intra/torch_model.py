@@ -194,6 +194,8 @@ class InTraModel(Tiling, nn.Module):
         covered_per_window (int): Patches c that :meth:`reconstruct` covers in a window, far apart, and paints at a
             time: 1 (exact), or the square of a whole number up to L / 2, which takes about as many times fewer windows
             and needs ``readout="token"``.
+        in_channels (int): Channels C of the images. With 1, images of three channels are taken, too, as the mean of
+            their channels.
 
     Raises:
         ValueError: If an argument is out of its range or does not fit another.
@@ -214,8 +216,10 @@ class InTraModel(Tiling, nn.Module):
         sigmoid: bool = True,
         windows_per_chunk: int = 32,
         covered_per_window: int = 1,
+        in_channels: int = NUM_CHANNELS,
     ) -> None:
         super().__init__()
+        check_whole(in_channels=in_channels)
         check_sizes(image_size, patch_size, window_size)
         check_network(embed_dim, depth, num_heads, windows_per_chunk)
         check_covered(covered_per_window, window_size, readout)
@@ -236,8 +240,9 @@ class InTraModel(Tiling, nn.Module):
         self.is_global = position == "global"
         self.readout = readout
         self.windows_per_chunk = windows_per_chunk
+        self.in_channels = in_channels
 
-        patch_dim = patch_size**2 * NUM_CHANNELS
+        patch_dim = patch_size**2 * in_channels
         num_positions = self.grid_size[0] * self.grid_size[1] if self.is_global else window_size**2
         self.patch_embedding = nn.Linear(patch_dim, embed_dim, bias=False)
         self.position_embedding = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_positions, embed_dim), std=0.02))
@@ -269,7 +274,7 @@ class InTraModel(Tiling, nn.Module):
         self.normal_difference: Tensor
 
     def forward(self, images: Tensor) -> InferenceBatch:
-        """Score images of shape ``(B, 3, H, W)`` with values in [0, 1] (section 3.5); see :meth:`compare`."""
+        """Score images as :meth:`embed` takes them (section 3.5); see :meth:`compare`."""
         patches = self.embed(self.tile(images))
         return self.untile(self.compare(patches, self.reconstruct(patches)))
 
@@ -277,29 +282,32 @@ class InTraModel(Tiling, nn.Module):
         """Cut images into patches (section 3.1).
 
         Args:
-            images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].
+            images (Tensor): Images of shape ``(B, C, H, W)`` with values in [0, 1]; with C = 1, of shape
+                ``(B, 3, H, W)``, too.
 
         Returns:
-            Tensor: Patches of shape ``(B, N * M, K * K * 3)``, in row-major order.
+            Tensor: Patches of shape ``(B, N * M, K * K * C)``, in row-major order.
 
         Raises:
             ValueError: If the images are not of the size that the network was built for.
         """
-        if images.shape[1:] != (NUM_CHANNELS, *self.image_size):
+        if self.in_channels == 1 and images.shape[1:] == (NUM_CHANNELS, *self.image_size):
+            images = images.mean(dim=1, keepdim=True)
+        if images.shape[1:] != (self.in_channels, *self.image_size):
             msg = (
-                f"images must have shape (B, {NUM_CHANNELS}, {self.image_size[0]}, {self.image_size[1]}), got "
-                f"{tuple(images.shape)}; resize them or build the model with their image_size."
+                f"images must have shape (B, {self.in_channels}, {self.image_size[0]}, {self.image_size[1]}), got "
+                f"{tuple(images.shape)}; resize them or build the model with their image_size and in_channels."
             )
             raise ValueError(msg)
         rows, cols = self.grid_size
-        patches = images.reshape(-1, NUM_CHANNELS, rows, self.patch_size, cols, self.patch_size)
-        return patches.permute(0, 2, 4, 3, 5, 1).reshape(-1, rows * cols, self.patch_size**2 * NUM_CHANNELS)
+        patches = images.reshape(-1, self.in_channels, rows, self.patch_size, cols, self.patch_size)
+        return patches.permute(0, 2, 4, 3, 5, 1).reshape(-1, rows * cols, self.patch_size**2 * self.in_channels)
 
     def reconstruct(self, patches: Tensor) -> Tensor:
         """Inpaint every patch of the images from the window around it.
 
         Args:
-            patches (Tensor): Patches of shape ``(B, N * M, K * K * 3)``.
+            patches (Tensor): Patches of shape ``(B, N * M, K * K * C)``.
 
         Returns:
             Tensor: Inpainted patches of the same shape; values in [0, 1] if the network ends in a sigmoid.
@@ -320,7 +328,7 @@ class InTraModel(Tiling, nn.Module):
         def step(carry: list[Tensor], chunk: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
             # the patches are carried along because OpenVINO takes any other input of the loop for an initial value
             [patches], (tokens, covered) = carry, chunk
-            windows = patches[:, tokens]  # (B, n, L * L, K * K * 3)
+            windows = patches[:, tokens]  # (B, n, L * L, K * K * C)
             tokens, covered = (values.expand(windows.shape[0], -1, -1).flatten(0, 1) for values in chunk)
             inpainted = self.inpaint(windows.flatten(0, 1), tokens, covered)
             return [patches.clone()], [inpainted.reshape(patches.shape[0], -1, patches.shape[2])]
@@ -334,12 +342,12 @@ class InTraModel(Tiling, nn.Module):
         """Inpaint the covered patches of windows (sections 3.1 to 3.3).
 
         Args:
-            windows (Tensor): Patches of n windows, shape ``(n, L * L, K * K * 3)``.
+            windows (Tensor): Patches of n windows, shape ``(n, L * L, K * K * C)``.
             tokens (Tensor): Their places as row-major indices in the grid, shape ``(n, L * L)``.
             covered (Tensor): The covered patches of each window as indices in the window, shape ``(n, c)``.
 
         Returns:
-            Tensor: Inpainted patches of shape ``(n, c, K * K * 3)``.
+            Tensor: Inpainted patches of shape ``(n, c, K * K * C)``.
         """
         # eqs. 3-5; an embedding look-up, unlike indexing, has a deterministic gradient on every device
         places = functional.embedding(tokens, self.position_embedding) if self.is_global else self.position_embedding
@@ -373,7 +381,7 @@ class InTraModel(Tiling, nn.Module):
         """Compare the gradients of images and reconstructions (section 3.5).
 
         Args:
-            patches (Tensor): Patches of shape ``(B, N * M, K * K * 3)``.
+            patches (Tensor): Patches of shape ``(B, N * M, K * K * C)``.
             reconstruction (Tensor): Inpainted patches of the same shape.
 
         Returns:
@@ -384,7 +392,7 @@ class InTraModel(Tiling, nn.Module):
         return InferenceBatch(pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map)
 
     def difference(self, patches: Tensor, reconstruction: Tensor) -> Tensor:
-        """``diff`` of section 3.5, ``(B, N * M, K * K * 3) -> (B, 1, H, W)``."""
+        """``diff`` of section 3.5, ``(B, N * M, K * K * C) -> (B, 1, H, W)``."""
         return self.anomaly_map_generator.difference(self.unpatchify(patches), self.unpatchify(reconstruction))
 
     @torch.no_grad()
@@ -395,7 +403,7 @@ class InTraModel(Tiling, nn.Module):
         by the residual connections. A long residual counts as much as what it is added to.
 
         Args:
-            image (Tensor): Image of shape ``(3, H, W)`` with values in [0, 1].
+            image (Tensor): Image of shape ``(C, H, W)``, as :meth:`embed` takes it.
             row (int): Row of the patch in the grid.
             col (int): Its column.
 
@@ -438,8 +446,12 @@ class InTraModel(Tiling, nn.Module):
         return shares.index_copy(0, tokens[0], seen.mean(dim=0)).reshape(rows, cols)
 
     def picture(self, reconstruction: Tensor) -> Tensor:
-        """Show inpainted patches as images with values in [0, 1], ``(B, N * M, K * K * 3) -> (B, 3, H, W)``."""
-        return self.unpatchify(reconstruction).float().clamp(0, 1)
+        """Show inpainted patches as images with values in [0, 1], ``(B, N * M, K * K * C) -> (B, C, H, W)``.
+
+        A single channel is shown as three equal ones.
+        """
+        pictures = self.unpatchify(reconstruction).float().clamp(0, 1)
+        return pictures.expand(-1, NUM_CHANNELS, -1, -1) if self.in_channels == 1 else pictures
 
     def draw_windows(self, count: int, generator: torch.Generator, num_covered: int = 1) -> tuple[Tensor, Tensor]:
         """Draw windows anywhere in the grid, each with a random patch covered (section 3.4), or several.
@@ -495,14 +507,14 @@ class InTraModel(Tiling, nn.Module):
         return _row_major(rows[:, None] + side, cols[:, None] + side, self.grid_size[1])
 
     def pixels(self, patches: Tensor) -> Tensor:
-        """Show patches as images, ``(..., K * K * 3) -> (n, 3, K, K)``."""
-        return patches.reshape(-1, self.patch_size, self.patch_size, NUM_CHANNELS).permute(0, 3, 1, 2)
+        """Show patches as images, ``(..., K * K * C) -> (n, C, K, K)``."""
+        return patches.reshape(-1, self.patch_size, self.patch_size, self.in_channels).permute(0, 3, 1, 2)
 
     def unpatchify(self, patches: Tensor) -> Tensor:
-        """Put patches together again, ``(B, N * M, K * K * 3) -> (B, 3, H, W)``."""
+        """Put patches together again, ``(B, N * M, K * K * C) -> (B, C, H, W)``."""
         rows, cols = self.grid_size
-        images = patches.reshape(-1, rows, cols, self.patch_size, self.patch_size, NUM_CHANNELS)
-        return images.permute(0, 5, 1, 3, 2, 4).reshape(-1, NUM_CHANNELS, *self.image_size)
+        images = patches.reshape(-1, rows, cols, self.patch_size, self.patch_size, self.in_channels)
+        return images.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_channels, *self.image_size)
 
 
 def _row_major(rows: Tensor, cols: Tensor, width: int) -> Tensor:

@@ -195,8 +195,9 @@ def main(args: Sequence[str] | None = None) -> int:
         ValueError: If an argument cannot work.
     """
     options = build_parser().parse_args(args)
-    count, levels = len(find_images(options.data)), levels_from(options)
+    count = len(find_images(options.data))
     model = load_model(options.model, options.ckpt, options.exact_resize)
+    levels = levels_from(options) or getattr(model, "grey_levels", None)
     with tempfile.TemporaryDirectory() as folder:
         paths = options.exports or export(model, Path(folder))
         expected = predict(model, options.data, levels)

@@ -37,7 +37,7 @@ def find_thresholds(
         image_fpr (float): Highest fraction of images, at least 0 and below 1. Defaults to ``0.05``.
         pixel_fpr (float): Highest fraction of pixels, at least 0 and below 1. Defaults to ``0.005``.
         levels (GreyLevels | None): Those of the training, for images with more than 8 bits of grey.
-            Defaults to ``None``.
+            Defaults to ``None``, which means those that the model's file names.
 
     Returns:
         Thresholds: Thresholds on raw scores.
@@ -55,6 +55,7 @@ def find_thresholds(
         raise ValueError(msg)
     normalized = model.thresholds.normalized
     images, pixels = _Highest(image_fpr, len(paths)), _Highest(pixel_fpr, len(paths))
+    levels = levels or model.levels
     for path in paths:
         outputs = model(read_image(path, levels)[None])
         images.update(outputs[RAW_SCORE])

@@ -4,7 +4,8 @@
 
 import argparse
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,23 @@ class GreyLevels:
         scaled = (values - self.black_level) / (self.white_level - self.black_level)
         return scaled.clip(0, 1).astype(np.float32)
 
+    def to_metadata(self) -> dict[str, str]:
+        """Text for an exported file, exact to the last digit."""
+        return {name: repr(float(value)) for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> "GreyLevels | None":
+        """Read what :meth:`to_metadata` wrote.
+
+        Args:
+            metadata (Mapping[str, str]): Text by its key.
+
+        Returns:
+            GreyLevels | None: The levels; ``None`` if the file names none.
+        """
+        given = {field.name: float(metadata[field.name]) for field in fields(cls) if field.name in metadata}
+        return cls(**given) if given else None
+
 
 def check_deep_grey(path: str | Path, mode: str, has_nan: bool = False) -> None:
     """Refuse an image that does not hold more than 8 bits of grey.
@@ -112,7 +130,8 @@ def add_level_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{name}",
             type=float,
-            help=f"for images with more than 8 bits of grey: value that becomes {result} (default: {default})",
+            help=f"of images with more than 8 bits of grey: value that becomes {result} (default: the model's, or "
+            f"{default} if one of the two is given)",
         )
 
 
@@ -123,8 +142,8 @@ def levels_from(options: argparse.Namespace) -> GreyLevels | None:
         options (argparse.Namespace): What its parser has read.
 
     Returns:
-        GreyLevels | None: The levels; ``None`` if neither was passed, for images with 8 bits.
+        GreyLevels | None: The levels; ``None`` if neither was passed.
     """
-    names = ("black_level", "white_level")
+    names = (field.name for field in fields(GreyLevels))
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     return GreyLevels(**given) if given else None

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import onnx_file
+from .grey_levels import GreyLevels
 from .images import resize
 from .metadata import RAW_MAP, RAW_SCORE, Thresholds
 
@@ -43,7 +44,7 @@ class ExportedModel:
     Example:
         >>> from anomalib_recon.deploy import ExportedModel, read_image
         >>> model = ExportedModel("model.xml")  # doctest: +SKIP
-        >>> model(read_image("image.png")[None])["raw_score"]  # doctest: +SKIP
+        >>> model(read_image("image.png", model.levels)[None])["raw_score"]  # doctest: +SKIP
     """
 
     def __init__(self, path: str | Path, device: str = "CPU", config: Mapping[str, Any] | None = None) -> None:
@@ -75,6 +76,11 @@ class ExportedModel:
             ValueError: If it names none.
         """
         return Thresholds.from_metadata(self._graph.metadata)
+
+    @cached_property
+    def levels(self) -> GreyLevels | None:
+        """Levels of the images that the model was trained on, if they had more than 8 bits of grey."""
+        return GreyLevels.from_metadata(self._graph.metadata)
 
     def __call__(self, images: NDArray[np.float32]) -> Outputs:
         """Score images.

@@ -14,6 +14,7 @@ a whole model.
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -33,6 +34,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torchvision.transforms.v2 import Normalize, Resize
 
+from anomalib_recon.deploy import GreyLevels
 from anomalib_recon.layers import check_whole, tiler_arguments
 from anomalib_recon.metrics import RawScoreEvaluator
 from anomalib_recon.post_processing import RegionPostProcessor
@@ -61,9 +63,9 @@ NUM_CHANNELS = 3
 # anomalib's tiled ensemble builds a model for images of this size only to ask it for its evaluator
 PROBE_SIZE = (10, 10)
 
-
-# where a checkpoint says how images are cut into tiles
+# where a checkpoint says how images are cut into tiles, and which levels of deep grey images are black and white
 TILER = "anomalib_recon_tiler"
+GREY_LEVELS = "anomalib_recon_grey_levels"
 
 
 class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # to_onnx as anomalib's
@@ -92,6 +94,8 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
         feature_cache (FeatureCache | None): Keeps what ``training_inputs`` makes of images that stay the same.
         needs_datamodule (bool): Whether ``start`` or ``finish`` need the normal training images, of whatever arguments
             the model has.
+        grey_levels (GreyLevels | None): Levels of the images that the model was trained on, if these have more than 8
+            bits of grey.
     """
 
     network: ClassVar[type[nn.Module]]
@@ -416,7 +420,7 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save how images are cut into tiles, too.
+        """Save how images are cut into tiles and which of their levels are black and white, too.
 
         Args:
             checkpoint (dict[str, Any]): The checkpoint.
@@ -424,6 +428,8 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
         super().on_save_checkpoint(checkpoint)
         if self.tiler is not None:
             checkpoint[TILER] = tiler_arguments(self.tiler)
+        if self.grey_levels is not None:
+            checkpoint[GREY_LEVELS] = asdict(self.grey_levels)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that does not fit.
@@ -449,6 +455,8 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
         super().on_load_checkpoint(checkpoint)
         if TILER in checkpoint and self.tiler is None:
             self.model.tiler = Tiler(**checkpoint[TILER])
+        if GREY_LEVELS in checkpoint:
+            self.grey_levels = GreyLevels(**checkpoint[GREY_LEVELS])
 
     def refuse_other_networks(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another network.

@@ -21,7 +21,7 @@ from anomalib.data import InferenceBatch
 from anomalib.post_processing import PostProcessor
 from torch import Tensor, nn
 
-from anomalib_recon.deploy import onnx_file, openvino_file
+from anomalib_recon.deploy import GreyLevels, onnx_file, openvino_file
 from anomalib_recon.deploy.metadata import RAW_MAP, RAW_SCORE, Scale, Thresholds
 
 from .region_post_processor import RegionPostProcessor
@@ -39,13 +39,14 @@ class RawScoreExport:
     ``raw_score`` and ``raw_map`` inside the graph, which a reader adds as outputs by these names
     (:class:`anomalib_recon.deploy.ExportedModel` does). Thresholds and bounds of normalisation are metadata of
     the file: ``rt_info`` in OpenVINO, ``metadata_props`` in ONNX. :func:`anomalib_recon.deploy.set_thresholds` changes
-    them.
+    them. The levels of images with more than 8 bits of grey are metadata, too.
 
     A model whose post-processor has no thresholds yet, or computes them for each image, is exported with raw scores and
     without thresholds in its metadata.
     """
 
     post_processor: Any
+    grey_levels: GreyLevels | None = None
 
     def to_onnx(
         self,
@@ -67,7 +68,7 @@ class RawScoreExport:
         """
         with _exported_post_processor(self):
             path = super().to_onnx(export_root, model_file_name, input_size, **kwargs)  # type: ignore[misc]
-        _complete_onnx(path, find_thresholds(self.post_processor))
+        _complete_onnx(path, find_thresholds(self.post_processor), self.grey_levels)
         return path
 
     def to_openvino(
@@ -96,6 +97,8 @@ class RawScoreExport:
         openvino_file.hide_raw_outputs(model)
         if thresholds := find_thresholds(self.post_processor):
             openvino_file.write_metadata(model, thresholds.to_metadata())
+        if self.grey_levels:
+            openvino_file.write_metadata(model, self.grey_levels.to_metadata())
         openvino_file.save_whole(model, path)
         return path
 
@@ -223,8 +226,8 @@ def _raw_outputs_in_onnx(module: Any) -> Iterator[None]:
             module.to_onnx = kept
 
 
-def _complete_onnx(path: Path, thresholds: Thresholds | None) -> None:
-    """Keep raw score and map as tensors inside the graph, and fill in the thresholds."""
+def _complete_onnx(path: Path, thresholds: Thresholds | None, levels: GreyLevels | None) -> None:
+    """Keep raw score and map as tensors inside the graph, and fill in the thresholds; note the levels."""
     import onnx  # noqa: PLC0415  # comes with anomalib's extra for exports
 
     model = onnx.load(path, load_external_data=False)
@@ -234,4 +237,8 @@ def _complete_onnx(path: Path, thresholds: Thresholds | None) -> None:
             model.graph.value_info.append(outputs[name])
             model.graph.output.remove(outputs[name])
     content = model.SerializeToString()
-    onnx_file.save_whole(onnx_file.write_thresholds(content, thresholds) if thresholds else content, path)
+    if thresholds:
+        content = onnx_file.write_thresholds(content, thresholds)
+    if levels:
+        content = onnx_file.write_metadata(content, levels.to_metadata())
+    onnx_file.save_whole(content, path)

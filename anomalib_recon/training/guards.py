@@ -10,7 +10,7 @@ from anomalib.data import AnomalibDataset, PredictDataset
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from .image_files import check_image_modes, reads_deep_grey
+from .image_files import check_image_modes, levels_of
 from .images import check_training_files
 
 # optimiser steps after which the losses are looked at: a look at each would stop a GPU at each
@@ -96,31 +96,51 @@ class ReadableImages(Callback):
         module.check_tiles()
         if stage == "fit" and datamodule is not None:
             check_training_files(datamodule, module)
+            module.grey_levels = levels_of(datamodule.train_data)
             module.check_training_set(datamodule.train_data)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the levels of the images with those of the run that goes on, if one does.
+
+        Raises:
+            ValueError: If they differ.
+        """
+        _check_levels(getattr(getattr(trainer, "datamodule", None), "train_data", None), pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the headers of the test images.
 
         Raises:
-            ValueError: If one cannot be used.
+            ValueError: If one cannot be used, or their levels are not those of the training.
         """
-        del pl_module
-        _check_loaders(trainer.test_dataloaders)
+        _check_loaders(trainer.test_dataloaders, pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the headers of the images to predict.
 
         Raises:
-            ValueError: If one cannot be used.
+            ValueError: If one cannot be used, or their levels are not those of the training.
         """
-        del pl_module
-        _check_loaders(trainer.predict_dataloaders)
+        _check_loaders(trainer.predict_dataloaders, pl_module)
 
 
-def _check_loaders(loaders: Any) -> None:
+def _check_loaders(loaders: Any, module: Any) -> None:
     for loader in loaders if isinstance(loaders, Iterable) and not hasattr(loaders, "dataset") else [loaders]:
         dataset = getattr(loader, "dataset", None)
+        _check_levels(dataset, module)
+        deep_grey = levels_of(dataset) is not None
         if isinstance(dataset, AnomalibDataset):
-            check_image_modes(dataset.samples.image_path, reads_deep_grey(dataset))
+            check_image_modes(dataset.samples.image_path, deep_grey)
         elif isinstance(dataset, PredictDataset):
-            check_image_modes(dataset.image_filenames, reads_deep_grey(dataset))
+            check_image_modes(dataset.image_filenames, deep_grey)
+
+
+def _check_levels(dataset: Any, module: Any) -> None:
+    """Refuse images that are read by other levels than those that the model was trained on."""
+    trained, given = module.grey_levels, levels_of(dataset)
+    if trained and given and given != trained:
+        msg = (
+            f"The images are read with black_level={given.black_level:g} and white_level={given.white_level:g}, but "
+            f"the model was trained with {trained.black_level:g} and {trained.white_level:g}; pass those."
+        )
+        raise ValueError(msg)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from anomalib_recon.deploy.grey_levels import DEEP_MODES, check_deep_grey
+from anomalib_recon.deploy.grey_levels import DEEP_MODES, GreyLevels, check_deep_grey
 
 
 class _Look(NamedTuple):
@@ -50,9 +50,10 @@ def check_image_modes(paths: Iterable[str | Path], deep_grey: bool = False) -> N
     _check_images(paths, deep_grey, decode=False)
 
 
-def reads_deep_grey(dataset: object) -> bool:
-    """Whether a dataset reads images with more than 8 bits of grey: those of this package have ``levels`` then."""
-    return hasattr(dataset, "levels")
+def levels_of(dataset: object) -> GreyLevels | None:
+    """Levels by which a dataset reads images with more than 8 bits of grey: those of this package have ``levels``."""
+    levels = getattr(dataset, "levels", None)
+    return levels if isinstance(levels, GreyLevels) else None
 
 
 def check_mask_files(paths: Iterable[str | Path]) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize, Transform
 
-from .image_files import check_image_files, check_mask_files, reads_deep_grey
+from .image_files import check_image_files, check_mask_files, levels_of
 
 Result = TypeVar("Result")
 
@@ -142,7 +142,7 @@ def check_training_files(datamodule: Any, module: AnomalibModule) -> None:
     """
     normal_images(datamodule.train_data, getattr(module.pre_processor, "transform", None))
     for dataset in filter(None, (datamodule.train_data, getattr(datamodule, "val_data", None))):
-        check_image_files(dataset.samples.image_path, reads_deep_grey(dataset))
+        check_image_files(dataset.samples.image_path, deep_grey=levels_of(dataset) is not None)
         if dataset.task == TaskType.SEGMENTATION:
             anomalous = dataset.samples.label_index == LabelName.ABNORMAL
             check_mask_files(filter(None, dataset.samples.mask_path[anomalous]))

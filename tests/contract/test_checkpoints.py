@@ -111,10 +111,18 @@ def test_one_of_another_network_is_refused_by_its_arguments(
 
 def test_one_of_another_version_is_refused(name: str, trained: Trained, checkpoint: dict[str, Any]) -> None:
     model, arguments = build(name), checkpoint["hyper_parameters"]
-    for argument in network_arguments(model):
+    for argument in set(network_arguments(model)) - model.added_arguments.keys():
         other = {key: value for key, value in arguments.items() if key != argument}
         with pytest.raises(ValueError, match=rf"^The checkpoint is not one of {name}, or of a version without some of"):
             model.on_load_checkpoint({**checkpoint, "hyper_parameters": other})
+
+    first = {key: value for key, value in arguments.items() if key not in model.added_arguments}
+    model.on_load_checkpoint({**checkpoint, "hyper_parameters": first})
+    for argument, value in model.added_arguments.items():
+        model.hparams[argument] = "another"
+        with pytest.raises(ValueError, match=rf"^The checkpoint needs a model with {argument}={value} \(not another\)"):
+            model.on_load_checkpoint({**checkpoint, "hyper_parameters": first})
+        model.hparams[argument] = value
 
     state = checkpoint["state_dict"]
     weight = next(key for key, _ in trained.model.named_parameters() if key.startswith("model."))

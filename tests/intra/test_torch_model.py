@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from anomalib_recon.models.intra.loss import InTraLoss
 from anomalib_recon.models.intra.torch_model import (
     InTraModel,
     MultiheadFeatureSelfAttention,
@@ -366,6 +367,52 @@ def test_rollout_refuses_a_patch_outside_the_grid() -> None:
         small_model().attention_rollout(torch.rand(3, 48, 40), 1, 5)
 
 
+@pytest.mark.parametrize("readout", ["mean", "token"])
+@torch.no_grad()
+def test_one_channel_is_the_mean_of_three(readout: str) -> None:
+    model = small_model(in_channels=1, readout=readout)
+    grey, colours = torch.rand(2, 1, 48, 40), torch.rand(2, 3, 48, 40)
+    patches = model.embed(grey)
+    assert patches.shape == (2, 30, 64)
+    torch.testing.assert_close(model.unpatchify(patches), grey, rtol=0, atol=0)
+    torch.testing.assert_close(model.embed(grey.expand(-1, 3, -1, -1)), patches)
+    torch.testing.assert_close(model.embed(colours), model.embed(colours.sum(dim=1, keepdim=True) / 3))
+    for name, value in model(grey)._asdict().items():
+        if value is not None:
+            torch.testing.assert_close(value, getattr(model(grey.expand(-1, 3, -1, -1)), name))
+    three = grey[0].expand(3, -1, -1)
+    torch.testing.assert_close(model.attention_rollout(grey[0], 1, 2), model.attention_rollout(three, 1, 2))
+
+
+@torch.no_grad()
+def test_one_channel_is_compared_and_shown_as_three_equal_ones() -> None:
+    model = small_model(in_channels=1, sigmoid=False)
+    grey = torch.rand(2, 1, 48, 40)
+    reconstruction = model.reconstruct(model.embed(grey))
+    painted = model.unpatchify(reconstruction)
+    expected = model.anomaly_map_generator.difference(*(image.expand(-1, 3, -1, -1) for image in (grey, painted)))
+    torch.testing.assert_close(model.difference(model.embed(grey), reconstruction), expected)
+    picture = model.picture(reconstruction)
+    assert picture.shape == (2, 3, 48, 40)
+    for channel in range(3):
+        assert torch.equal(picture[:, channel], painted[:, 0].clamp(0, 1))
+    pixels, others = model.pixels(model.embed(grey)), model.pixels(reconstruction)
+    assert pixels.shape == (60, 1, 8, 8)
+    three = (values.expand(-1, 3, -1, -1) for values in (pixels, others))
+    torch.testing.assert_close(InTraLoss(0.1, 0.1)(pixels, others), InTraLoss(0.1, 0.1)(*three))
+
+
+@torch.no_grad()
+def test_any_number_of_channels_is_painted() -> None:
+    model = small_model(in_channels=5)
+    images = torch.rand(1, 5, 48, 40)
+    assert torch.equal(model.unpatchify(model.embed(images)), images)
+    assert model.picture(model.reconstruct(model.embed(images))).shape == (1, 5, 48, 40)
+    assert model(images).anomaly_map.shape == (1, 1, 48, 40)
+    with pytest.raises(ValueError, match=r"images must have shape \(B, 5, 48, 40\), got \(1, 3, 48, 40\)"):
+        model(torch.rand(1, 3, 48, 40))
+
+
 def test_scores_follow_from_the_reconstruction() -> None:
     model = small_model()
     model.normal_difference.fill_(0.1)
@@ -386,6 +433,7 @@ def test_scores_follow_from_the_reconstruction() -> None:
         ({"patch_size": 0}, "patch_size"),
         ({"embed_dim": 18}, "embed_dim must be a multiple of twice num_heads, got 18"),
         ({"depth": 0}, "depth must be at least 1, got 0"),
+        ({"in_channels": 0}, "in_channels must be at least 1, got 0"),
         ({"windows_per_chunk": 0}, "windows_per_chunk must be at least 1, got 0"),
         ({"attention": "linear"}, "attention must be one of .* got 'linear'"),
         ({"position": "none"}, "position must be one of"),

@@ -13,9 +13,12 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
+from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 from torch.nn.functional import interpolate
 
+from anomalib_recon.deploy import GreyLevels
+from anomalib_recon.deploy import read_image as read_levels
 from anomalib_recon.visualization.contact_sheet import DEFECTIVE, GOOD, GREY
 
 from .scores import PICTURE_SIZE, Scores
@@ -30,6 +33,23 @@ def png(figure: Figure, dpi: int = 130) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
+
+
+def thumbnail(path: str, levels: GreyLevels | None = None) -> NDArray[np.float32]:
+    """A small square picture of an image.
+
+    Args:
+        path (str): File of the image.
+        levels (GreyLevels | None): Those of the datamodule, for images with more than 8 bits of grey.
+            Defaults to ``None``.
+
+    Returns:
+        NDArray[np.float32]: Picture of shape ``(PICTURE_SIZE, PICTURE_SIZE, 3)`` with values in [0, 1].
+    """
+    image = read_image(path, as_tensor=True) if levels is None else torch.from_numpy(read_levels(path, levels))
+    assert isinstance(image, torch.Tensor)
+    [picture] = interpolate(image[None], (PICTURE_SIZE, PICTURE_SIZE), mode="bilinear", antialias=True)
+    return picture.permute(1, 2, 0).clip(0, 1).numpy()
 
 
 def clean(axis: Axes) -> None:
@@ -132,7 +152,9 @@ def chosen_cases(scores: Scores) -> list[tuple[str, int]]:
     return [(kind, index) for kind, indices in kinds for index in indices[:CASES_PER_KIND]]
 
 
-def cases(scores: Scores, maps: torch.Tensor, masks: torch.Tensor, threshold: float) -> bytes:
+def cases(
+    scores: Scores, maps: torch.Tensor, masks: torch.Tensor, threshold: float, levels: GreyLevels | None = None
+) -> bytes:
     """Contact sheet of the best and worst cases of a model: image, ground truth and anomaly map with score.
 
     Args:
@@ -140,6 +162,8 @@ def cases(scores: Scores, maps: torch.Tensor, masks: torch.Tensor, threshold: fl
         maps (torch.Tensor): Raw anomaly maps, (N, H, W).
         masks (torch.Tensor): Ground truth masks, (N, H, W).
         threshold (float): Image threshold.
+        levels (GreyLevels | None): Those of the datamodule, for images with more than 8 bits of grey.
+            Defaults to ``None``.
 
     Returns:
         bytes: PNG file. All maps share one scale, from the lowest to the highest value of those shown.
@@ -150,10 +174,7 @@ def cases(scores: Scores, maps: torch.Tensor, masks: torch.Tensor, threshold: fl
     figure = Figure(figsize=(1.35 * len(chosen), 4.5), layout="constrained")
     panels = figure.subplots(3, len(chosen), squeeze=False)
     for column, (kind, index) in enumerate(chosen):
-        image = read_image(scores.paths[index], as_tensor=True)
-        assert isinstance(image, torch.Tensor)
-        [picture] = interpolate(image[None], (PICTURE_SIZE, PICTURE_SIZE), mode="bilinear", antialias=True)
-        panels[0, column].imshow(picture.permute(1, 2, 0).clip(0, 1))
+        panels[0, column].imshow(thumbnail(scores.paths[index], levels))
         panels[1, column].imshow(masks[index], cmap="gray", vmin=0, vmax=1)
         panels[2, column].imshow(maps[index], cmap="inferno", vmin=low, vmax=high)
         is_right = (scores.scores[index] > threshold) == scores.labels[index]

@@ -24,6 +24,7 @@ from anomalib_recon.experiments.training import (
 )
 from anomalib_recon.files import write_whole
 from anomalib_recon.metrics import RawScoreEvaluator
+from anomalib_recon.training.image_files import levels_of
 
 from .formats import measure_formats
 from .plots import cases
@@ -95,11 +96,12 @@ class Run:
         [metrics] = trained.engine.test(trained.model, datamodule=trained.datamodule)
         threshold = cast("PostProcessor", trained.model.post_processor).image_threshold.item()
         write_whole(self.folder / "scores.npz", scores.to_bytes())
-        write_whole(self.folder / "cases.png", cases(scores, maps, masks, threshold))
         datamodule = trained.datamodule
+        levels = levels_of(datamodule)
+        write_whole(self.folder / "cases.png", cases(scores, maps, masks, threshold, levels))
         training = score_training_images(trained.model, datamodule.train_data, datamodule.eval_batch_size)
         write_whole(self.folder / "training_scores.npz", training.to_bytes())
-        write_whole(self.folder / "training_images.png", training_picture(training))
+        write_whole(self.folder / "training_images.png", training_picture(training, levels))
         device = trained.engine.trainer.strategy.root_device
         return {
             **metrics,

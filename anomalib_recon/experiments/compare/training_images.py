@@ -9,18 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from anomalib.data import AnomalibDataset
-from anomalib.data.utils import read_image
 from anomalib.models import AnomalibModule
 from matplotlib.figure import Figure
-from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 
+from anomalib_recon.deploy import GreyLevels
 from anomalib_recon.training import evaluation, normal_images
 
-from .plots import DEFECTIVE, GOOD, GREY, clean, png
-from .scores import PICTURE_SIZE, Scores
+from .plots import DEFECTIVE, GOOD, GREY, clean, png, thumbnail
+from .scores import Scores
 
 NUM_ODDEST = 10
 PER_ROW = 5
@@ -60,11 +58,13 @@ def short_names(paths: Sequence[str]) -> list[str]:
     return [Path(*Path(path).parts[-2:]).as_posix() for path in paths]
 
 
-def training_picture(scores: Scores) -> bytes:
+def training_picture(scores: Scores, levels: GreyLevels | None = None) -> bytes:
     """Scores over the order of the files, and thumbnails of the ten oddest images.
 
     Args:
         scores (Scores): What :func:`score_training_images` gave.
+        levels (GreyLevels | None): Those of the datamodule, for images with more than 8 bits of grey.
+            Defaults to ``None``.
 
     Returns:
         bytes: PNG file.
@@ -86,13 +86,6 @@ def training_picture(scores: Scores) -> bytes:
     for rank, index in enumerate(chosen):
         panel = figure.add_subplot(grid[1 + rank // PER_ROW, rank % PER_ROW])
         panel.set_axis_off()
-        panel.imshow(_thumbnail(scores.paths[index]))
+        panel.imshow(thumbnail(scores.paths[index], levels))
         panel.set_title(f"{rank + 1}: {names[index]}", fontsize=7)
     return png(figure)
-
-
-def _thumbnail(path: str) -> np.ndarray:
-    image = read_image(path, as_tensor=True)
-    assert isinstance(image, torch.Tensor)
-    [picture] = interpolate(image[None], (PICTURE_SIZE, PICTURE_SIZE), mode="bilinear", antialias=True)
-    return picture.permute(1, 2, 0).clip(0, 1).numpy()

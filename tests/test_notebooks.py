@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import RichOutput, capture_output
@@ -107,4 +108,12 @@ def test_openvino(shell: Shell) -> None:
     assert list(differences.index) == ["checkpoint", "fp32", "int8"]
     assert differences["fp32"] < 1e-3
     assert differences.max() < 0.5
+    assert has_picture(outputs)
+
+
+def test_sixteen_bit(shell: Shell) -> None:
+    names, outputs = execute(shell, "06_sixteen_bit", EPOCHS=3)
+    assert len(np.unique(names["eight_bits"])) == 1
+    assert names["metrics"]["image_AUROC"] > 0.9
+    assert names["metrics"]["pixel_AUROC"] > 0.8
     assert has_picture(outputs)

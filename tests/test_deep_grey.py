@@ -12,6 +12,7 @@ import pytest
 import torch
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.data import Folder, PredictDataset, get_datamodule
+from anomalib.deploy import ExportType, OpenVINOInferencer
 from anomalib.models import Padim
 from lightning import seed_everything
 from PIL import Image
@@ -27,8 +28,8 @@ from anomalib_recon.experiments.compare.plots import PICTURE_SIZE, thumbnail
 from anomalib_recon.models import InTra
 from anomalib_recon.training.image_files import check_image_files, check_image_modes
 from anomalib_recon.visualization import ContactSheetVisualizer, ReconstructionVisualizer
-from tests.conftest import draw_stripes, save
-from tests.tiny_models import build, engine_in
+from tests.conftest import draw_stripes, export_all, save
+from tests.tiny_models import Probe, Trained, build, engine_in
 
 # all values of the drawn images: 40 levels of 65 536, which are a single one of 256
 LOWEST, HIGHEST = 30_000, 30_040
@@ -115,17 +116,16 @@ def model(run: Run) -> InTra:
 
 
 @pytest.fixture(scope="module")
-def exported(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model, exported to OpenVINO on the command line."""
-    folder = tmp_path_factory.mktemp("exported")
-    AnomalibCLI(
-        [
-            "export", "--model", "InTra", "--ckpt_path", run.checkpoint, "--export_type", "openvino",
-            "--export_root", str(folder), "--default_root_dir", str(folder),
-        ]
-    )  # fmt: skip
-    [path] = folder.rglob("model.xml")
-    return path
+def exported(run: Run, model: InTra, tmp_path_factory: pytest.TempPathFactory) -> dict[ExportType, Path]:
+    return export_all(Trained(model, run.checkpoint, Probe()), tmp_path_factory.mktemp("exported"))
+
+
+@pytest.fixture(params=[ExportType.OPENVINO, ExportType.ONNX], ids=lambda kind: kind.value)
+def path(request: pytest.FixtureRequest, exported: dict[ExportType, Path]) -> Path:
+    """Each of the exports in turn."""
+    if request.param == ExportType.ONNX:
+        pytest.importorskip("onnxruntime")
+    return exported[request.param]
 
 
 def test_items_hold_every_level_between_black_and_white(root: Path) -> None:
@@ -340,21 +340,21 @@ def test_thumbnails_of_a_comparison_show_the_image_between_the_levels(root: Path
 
 
 def test_an_export_scores_files_as_the_checkpoint(
-    root: Path, run: Run, exported: Path, capsys: pytest.CaptureFixture[str]
+    root: Path, run: Run, path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = {"model": "InTra", "ckpt": run.checkpoint, "data": root / "hole", "score_bound": 1e-3, "map_bound": 1e-3}
-    arguments = [*command_line(words), "--exports", str(exported)]
+    arguments = [*command_line(words), "--exports", str(path)]
     assert parity.main(arguments) == 0
-    assert re.search(r"OpenVINO .*\| yes +\|", capsys.readouterr().out)
+    assert re.search(r"(OpenVINO|ONNX) .*\| yes +\|", capsys.readouterr().out)
     with pytest.raises(ValueError, match="read with black_level=5 and white_level=65535, but the model was trained"):
         parity.main([*arguments, "--black_level=5"])
 
 
 def test_thresholds_of_an_export_are_found_with_the_levels(
-    root: Path, model: InTra, exported: Path, tmp_path: Path
+    root: Path, model: InTra, path: Path, tmp_path: Path
 ) -> None:
-    output, images = tmp_path / "model.xml", find_images(root / "good_test")
-    words = {"model": exported, "images": root / "good_test", "image_fpr": 0.3, "output": output}
+    output, images = tmp_path / path.name, find_images(root / "good_test")
+    words = {"model": path, "images": root / "good_test", "image_fpr": 0.3, "output": output}
     found = thresholds_command.main(command_line(words))
     batch = torch.from_numpy(np.stack([[scaled(np.asarray(Image.open(path)))] * 3 for path in images])).float()
     with torch.no_grad():
@@ -371,6 +371,15 @@ def test_thresholds_of_an_export_are_found_with_the_levels(
     other = find_thresholds(new, images, image_fpr=0.3, levels=GreyLevels(0, 65_535))
     assert other.image.threshold != pytest.approx(found.image.threshold, rel=0.1)
     assert thresholds_command.main(command_line({**words, "black_level": 0, "white_level": 65_535})) == other
+
+
+def test_anomalibs_inferencer_takes_the_array(root: Path, exported: dict[ExportType, Path]) -> None:
+    file = find_images(root / "hole")[0]
+    model = ExportedModel(exported[ExportType.OPENVINO])
+    image = read_image(file, model.levels)
+    inferencer = OpenVINOInferencer(exported[ExportType.OPENVINO], config={"INFERENCE_PRECISION_HINT": "f32"})
+    expected = model(image[None])["pred_score"].item()
+    assert inferencer.predict(image).pred_score.item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_one_level_of_the_two_is_enough() -> None:
@@ -390,8 +399,9 @@ def test_a_model_with_a_backbone_trains_and_tests(root: Path, tmp_path: Path) ->
 
 def test_a_built_in_model_trains_and_tests(root: Path, tmp_path: Path) -> None:
     model = Padim(
-        backbone="resnet18", layers=["layer1"], n_features=16, pre_trained=False, visualizer=ReconstructionVisualizer()
-    )
+        backbone="resnet18", layers=["layer1"], n_features=16, pre_trained=False,
+        pre_processor=Padim.configure_pre_processor((64, 64)), visualizer=ReconstructionVisualizer(),
+    )  # fmt: skip
     [metrics] = engine_in(tmp_path).train(model, datamodule=data(root))
     assert metrics["image_AUROC"] > 0.6
     picture = np.asarray(Image.open(pictures_in(tmp_path)[0]).convert("RGB"))

@@ -15,12 +15,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import cast
 
 import anomalib
 from anomalib.models import AnomalibModule
 from huggingface_hub import EvalResult, ModelCardData
 
 from anomalib_recon import models
+from anomalib_recon.data import DeepGreyPredictDataset
+from anomalib_recon.deploy import GreyLevels
 from anomalib_recon.files import write_whole
 from anomalib_recon.pretrained import CARD, CHECKPOINT, CONFIG, load_model
 
@@ -39,10 +42,10 @@ in images by what it rebuilds badly, and was trained on good images of the produ
 
 ```python
 from anomalib.engine import Engine
-from anomalib_recon.pretrained import load_pretrained
+{imports}from anomalib_recon.pretrained import load_pretrained
 
 model = load_pretrained("FOLDER OR owner/name")
-predictions = Engine().predict(model, data_path="IMAGES")
+predictions = Engine().predict(model, {images})
 ```
 
 ## Figures
@@ -132,7 +135,10 @@ def card_of(model: AnomalibModule, title: str, trained_on: str, licence: str, fi
     # one of each product, if the post-processor has several
     thresholds = {kind: getattr(processor, f"{kind}_threshold").flatten().tolist() for kind in ("image", "pixel")}
     texts = {kind: ", ".join(f"{value:.6g}" for value in values) for kind, values in thresholds.items()}
+    imports, images = _reading(cast("GreyLevels | None", model.grey_levels))
     return TEMPLATE.format(
+        imports=imports,
+        images=images,
         data=data.to_yaml(),
         title=title,
         name=name,
@@ -145,6 +151,15 @@ def card_of(model: AnomalibModule, title: str, trained_on: str, licence: str, fi
         torch_version=version("torch"),
         licence=licence,
     )
+
+
+def _reading(levels: GreyLevels | None) -> tuple[str, str]:
+    """Code that imports what reads images, and the argument of ``predict`` that names them."""
+    if levels is None:
+        return "", 'data_path="IMAGES"'
+    arguments = f'"IMAGES", {levels.black_level:.10g}, {levels.white_level:.10g}'
+    name = DeepGreyPredictDataset.__name__
+    return f"from anomalib_recon.data import {name}\n", f"dataset={name}({arguments})"
 
 
 def _table(heading: str, values: Mapping[str, str]) -> str:

@@ -20,6 +20,7 @@ from sklearn.metrics import roc_auc_score
 from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_recon import parity
+from anomalib_recon.card import card_of
 from anomalib_recon.data import DeepGreyFolder, DeepGreyPredictDataset
 from anomalib_recon.deploy import ExportedModel, GreyLevels, find_images, find_thresholds, read_image
 from anomalib_recon.deploy import thresholds as thresholds_command
@@ -380,6 +381,12 @@ def test_anomalibs_inferencer_takes_the_array(root: Path, exported: dict[ExportT
     inferencer = OpenVINOInferencer(exported[ExportType.OPENVINO], config={"INFERENCE_PRECISION_HINT": "f32"})
     expected = model(image[None])["pred_score"].item()
     assert inferencer.predict(image).pred_score.item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_model_card_shows_how_files_are_read(model: InTra) -> None:
+    text = card_of(model, "cloth", "a drawn cloth", "cc0-1.0", {})
+    assert "\nfrom anomalib_recon.data import DeepGreyPredictDataset\nfrom anomalib_recon.pretrained" in text
+    assert 'Engine().predict(model, dataset=DeepGreyPredictDataset("IMAGES", 29990, 30050))\n' in text
 
 
 def test_one_level_of_the_two_is_enough() -> None:

@@ -140,7 +140,7 @@ def _check_levels(dataset: Any, module: Any) -> None:
     trained, given = module.grey_levels, levels_of(dataset)
     if trained and given and given != trained:
         msg = (
-            f"The images are read with black_level={given.black_level:g} and white_level={given.white_level:g}, but "
-            f"the model was trained with {trained.black_level:g} and {trained.white_level:g}; pass those."
+            f"The images are read with black_level={given.black_level:.10g} and white_level={given.white_level:.10g}, "
+            f"but the model was trained with {trained.black_level:.10g} and {trained.white_level:.10g}; pass those."
         )
         raise ValueError(msg)

@@ -150,7 +150,7 @@ def parse_module(module: str, *arguments: str) -> None:
     elif module == "anomalib_recon.estimate":
         options, further = estimate.build_parser().parse_known_args(arguments)
         parse_anomalib(["train", "--config", str(options.config), "--data", "DemoAD", *further])
-    elif module in {"anomalib_recon.parity", "anomalib_recon.deploy.thresholds"}:
+    elif module in {"anomalib_recon.card", "anomalib_recon.parity", "anomalib_recon.deploy.thresholds"}:
         import_module(module).build_parser().parse_args(arguments)
     elif module.startswith("benchmarks."):
         script = ROOT.joinpath(*module.split(".")).with_suffix(".py").read_text()

@@ -117,3 +117,11 @@ def test_sixteen_bit(shell: Shell) -> None:
     assert names["metrics"]["image_AUROC"] > 0.9
     assert names["metrics"]["pixel_AUROC"] > 0.8
     assert has_picture(outputs)
+
+
+def test_small_defects(shell: Shell) -> None:
+    names, outputs = execute(shell, "07_small_defects", SIDE=800, NUM_GOOD=4)
+    image_auroc = names["table"]["image_AUROC"]
+    assert image_auroc["tiles"] > 0.9
+    assert image_auroc["tiles"] > image_auroc["made smaller"]
+    assert has_picture(outputs)

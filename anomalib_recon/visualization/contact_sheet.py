@@ -186,7 +186,7 @@ def _draw_scores(axis: Axes, scores: Iterable[float], labels: Iterable[bool], th
         axis.hist(values[chosen], edges.tolist(), color=colour, alpha=0.6, label=label)
     axis.axvline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold:.3g}")
     axis.set_xlabel("score", fontsize=9, color=GREY)
-    axis.set_ylabel("images", fontsize=9, color=GREY)
+    axis.set_title("Number of images by score", fontsize=11, loc="left")
     axis.legend(fontsize=9, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
 

@@ -25,8 +25,9 @@ from anomalib_recon import models
 from anomalib_recon.data import DeepGreyPredictDataset
 from anomalib_recon.deploy import GreyLevels
 from anomalib_recon.files import write_whole
-from anomalib_recon.pretrained import CARD, CHECKPOINT, CONFIG, load_model
+from anomalib_recon.pretrained import CHECKPOINT, CONFIG, load_model
 
+CARD = "README.md"
 TEMPLATE = """---
 {data}
 ---

@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 
 from anomalib_recon import models
 
-CHECKPOINT, CONFIG, CARD = "model.ckpt", "config.json", "README.md"
+CHECKPOINT, CONFIG = "model.ckpt", "config.json"
 
 
 def load_pretrained(source: str | Path, revision: str | None = None) -> AnomalibModule:

@@ -107,6 +107,7 @@ def show_training_images(training: AnomalibCLI, output: Path) -> None:
     write_whole(output, training_picture(scores))
 
 
+@quiet()
 def main(args: Sequence[str] = ()) -> dict[str, float]:
     """Run the whole course of a model.
 
@@ -116,11 +117,6 @@ def main(args: Sequence[str] = ()) -> dict[str, float]:
     Returns:
         dict[str, float]: Test metrics.
     """
-    with quiet():
-        return _run_all(args)
-
-
-def _run_all(args: Sequence[str]) -> dict[str, float]:
     start = time.monotonic()
     seed_everything(SEED)  # `anomalib train` reads an argument of this name and does nothing with it
     training = run("train", "--config", str(config_path("quickstart/intra.yaml")), *args)

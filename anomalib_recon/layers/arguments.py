@@ -72,21 +72,19 @@ def check_positive(**arguments: float) -> None:
             raise ValueError(msg)
 
 
-def check_image_size(images: Tensor, image_size: tuple[int, int], num_channels: int = 3) -> None:
+def check_image_size(images: Tensor, image_size: tuple[int, int]) -> None:
     """Refuse images of another size than that of the network.
 
     Args:
-        images (Tensor): Images of shape ``(B, C, H, W)``.
+        images (Tensor): Images of shape ``(B, 3, H, W)``.
         image_size (tuple[int, int]): Height and width that the network was built for, in pixels.
-        num_channels (int): Its channels.
-            Defaults to ``3``.
 
     Raises:
         ValueError: If the images are of another size.
     """
-    if images.shape[1:] != (num_channels, *image_size):
+    if images.shape[1:] != (3, *image_size):
         msg = (
-            f"images must have shape (B, {num_channels}, {image_size[0]}, {image_size[1]}), got "
+            f"images must have shape (B, 3, {image_size[0]}, {image_size[1]}), got "
             f"{tuple(images.shape)}; resize them or build the model with their image_size."
         )
         raise ValueError(msg)

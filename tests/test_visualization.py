@@ -15,7 +15,7 @@ from anomalib_recon.visualization import ContactSheetVisualizer, ReconstructionV
 from tests.tiny_models import build, demo_data, engine_in, train
 
 SIDE = 256  # a panel's side in anomalib's pictures
-PANELS = ["image", "gt_mask", "reconstruction", "image + anomaly_map", "image + pred_mask"]
+PANELS = ["image", "gt_mask", "reconstruction", "anomaly_map", "image + anomaly_map", "image + pred_mask"]
 BELOW_TITLE = SIDE // 4
 
 
@@ -81,14 +81,26 @@ def test_batch_of_one_gives_one_picture(items):
 
 def test_without_ground_truth_its_panel_is_left_out(batch):
     batch.update(gt_mask=None)
-    assert [picture.size for picture in ReconstructionVisualizer()(batch)] == [(4 * SIDE, SIDE)] * 3
+    assert [picture.size for picture in ReconstructionVisualizer()(batch)] == [(5 * SIDE, SIDE)] * 3
 
 
 def test_without_reconstruction_pictures_are_anomalibs(batch):
     del batch.reconstruction
+    visualizer = ReconstructionVisualizer(["image", "gt_mask"])
     expected_pictures = ImageVisualizer(text_config={"size": SIDE // 16})(batch)
-    for own, expected in zip(ReconstructionVisualizer()(batch), expected_pictures, strict=True):
+    for own, expected in zip(visualizer(batch), expected_pictures, strict=True):
         np.testing.assert_array_equal(np.asarray(own), np.asarray(expected))
+
+
+def test_a_map_far_below_the_threshold_has_a_scale_of_its_own(items) -> None:
+    items[0].anomaly_map = torch.linspace(0.1, 0.2, SIDE).expand(SIDE, SIDE)
+    items[0].reconstruction = None
+    picture = np.asarray(ReconstructionVisualizer(["anomaly_map"])(items[0])).astype(int)
+    map_alone, over_image = picture[SIDE // 2, :SIDE], picture[SIDE // 2, SIDE:]
+    red = map_alone[:, 0] - map_alone[:, 2]  # the colours go from blue to red
+    assert red[0] < -100
+    assert red[-1] > 100
+    assert (over_image[:, 2] - over_image[:, 0]).mean() > 30
 
 
 @pytest.mark.parametrize("stage", ["test", "predict"])
@@ -129,7 +141,7 @@ def test_titles_are_not_cut_off() -> None:
         np.asarray(ReconstructionVisualizer(text_config={"enable": enable})(item)).astype(int)
         for enable in (False, True)
     )
-    columns = np.flatnonzero(np.abs(titled - plain).sum(axis=(0, 2))[SIDE : 2 * SIDE])  # of "Image + Anomaly Map"
+    columns = np.flatnonzero(np.abs(titled - plain).sum(axis=(0, 2))[2 * SIDE :])  # of "Image + Anomaly Map"
     assert columns.min() > 0
     assert columns.max() < SIDE - 1
 

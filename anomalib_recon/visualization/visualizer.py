@@ -32,10 +32,12 @@ functional.visualize_reconstruction = functional.visualize_image  # type: ignore
 class ReconstructionVisualizer(ImageVisualizer):
     """Visualizer that shows a model's reconstruction beside the image.
 
-    The pictures show the image, the ground truth mask if there is one, the reconstruction, the anomaly map over the
-    image and the predicted mask over the image. Without a reconstruction they are those of anomalib's visualizer.
-    anomalib's draws the image from its file; of a file with more than 8 bits of grey, which it would draw white, the
-    pictures show what the model has seen.
+    The pictures show the image, the ground truth mask if there is one, the reconstruction, the anomaly map twice, and
+    the predicted mask over the image. The first map has a scale of its own, from its smallest to its largest value:
+    it shows where the image is most unusual. The second one, over the image, has the same scale for all images, with
+    the threshold in the middle: it shows how unusual that is. A field that an item lacks is left out.
+    anomalib's visualizer draws the image from its file; of a file with more than 8 bits of grey, which it would draw
+    white, the pictures show what the model has seen.
 
     A model provides the reconstruction as the attribute ``reconstruction`` of the batch, a tensor of shape
     ``(B, 3, H, W)`` with values in ``[0, 1]``. Lightning does not move this attribute between devices: it should be on
@@ -43,12 +45,14 @@ class ReconstructionVisualizer(ImageVisualizer):
 
     Args:
         fields (list[str] | None): Fields to show. ``None`` stands for
-            ``["image", "gt_mask", "reconstruction"]``. Defaults to ``None``.
+            ``["image", "gt_mask", "reconstruction", "anomaly_map"]``. Defaults to ``None``.
         **kwargs (Any): The other arguments of anomalib's ``ImageVisualizer``.
     """
 
     def __init__(self, fields: list[str] | None = None, **kwargs: Any) -> None:
-        super().__init__(fields or ["image", "gt_mask", "reconstruction"], **kwargs)
+        own_scale = {"anomaly_map": {"colormap": True, "normalize": True}}
+        kwargs["fields_config"] = {**own_scale, **(kwargs.get("fields_config") or {})}
+        super().__init__(fields or ["image", "gt_mask", "reconstruction", "anomaly_map"], **kwargs)
         # anomalib's own size cuts off the longest title, "Image + Anomaly Map"
         self.text_config = {**self.text_config, "size": self.text_config["size"] or self.field_size[0] // 16}
 

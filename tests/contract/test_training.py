@@ -128,5 +128,5 @@ def check_pictures(folder: Path, model: AnomalibModule, with_ground_truth: bool)
     """There is one for each image: image, ground truth, reconstruction if it is a picture, map, and predicted mask."""
     pictures = list(folder.rglob("*.png"))
     assert len(pictures) == 14
-    panels = 3 + with_ground_truth + hasattr(model.model, "picture")
+    panels = 4 + with_ground_truth + hasattr(model.model, "picture")
     assert {Image.open(path).size for path in pictures} == {(panels * 256, 256)}

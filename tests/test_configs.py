@@ -14,7 +14,7 @@ from anomalib_recon.models import ADTR, SAAE, FeatureInpainting, InTra, PatchAE
 
 
 def read(name: str) -> dict:
-    return yaml.safe_load(config_path(name).read_text())
+    return yaml.safe_load(config_path(name).read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,7 @@ def test_the_paper_config_states_the_defaults(model: type, name: str, given: dic
             "model/saae.yaml",
             ["--data", "DemoAD", "--model.backbone", "vit_tiny_patch16_224", "--model.pre_trained", "false"],
         ),
+        ("model/saae_author.yaml", ["--data", "DemoAD", "--model.pre_trained", "false"]),
         ("model/patch_ae.yaml", ["--data", "DemoAD", "--model.backbone", "resnet18", "--model.pre_trained", "false"]),
         ("model/feature_inpainting.yaml", ["--data.category", "screw", "--model.pre_trained", "false"]),
         ("recommended/adtr.yaml", ["--data.category", "screw", "--model.pre_trained", "false"]),
@@ -69,7 +70,7 @@ def test_anomalib_reads_the_configs(name: str, arguments: list[str]) -> None:
 
 
 def test_the_weights_that_configs_name_can_be_had() -> None:
-    text = "".join(path.read_text() for path in sorted(config_path("").rglob("*.yaml")))
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(config_path("").rglob("*.yaml")))
     backbones = set(re.findall(r"backbone: ([\w.]+)", text))
     assert len(backbones) > 5
     with_weights = {*timm.list_pretrained(), *(name.split(".")[0] for name in timm.list_pretrained())}
@@ -78,7 +79,7 @@ def test_the_weights_that_configs_name_can_be_had() -> None:
 
 def test_the_commands_in_configs_name_what_there_is() -> None:
     for path in sorted(config_path("").rglob("*.yaml")):
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         for module in re.findall(r"python -m ([\w.]+)", text):
             assert find_spec(module), (path, module)
         for config in re.findall(r"--config (?:configs/)?(\S+\.yaml)", text):

@@ -29,7 +29,9 @@ DEFAULT_CNN_STRIDE = 8
 
 
 class VisionTransformerFeatures(nn.Module):
-    """Layers of a pre-trained vision transformer of timm as one feature map; it stays in eval mode.
+    """Layers of a pre-trained vision transformer of timm as one feature map.
+
+    It stays in eval mode, but for dropout that is asked for, which is active in train mode.
 
     The blocks after the last one needed are dropped. Position embeddings are interpolated to the image size once, here,
     as timm does it.
@@ -41,6 +43,11 @@ class VisionTransformerFeatures(nn.Module):
         image_size (tuple[int, int]): Height H and width W of the images, in pixels.
         pre_trained (bool): Use the weights that timm has for this model.
         weights (str | Path | None): File with weights in timm's format, to use instead.
+        normalize (bool): Shift and scale images by the mean and deviation that the model was trained with.
+            Defaults to ``True``.
+        dropout (float): Probability of dropout behind the positions, each attention and each layer of the feed-forward
+            networks, while training.
+            Defaults to ``0.0``.
 
     Raises:
         ValueError: If there is no such layer, no block is named, or patches do not tile the image.
@@ -53,6 +60,8 @@ class VisionTransformerFeatures(nn.Module):
         image_size: tuple[int, int],
         pre_trained: bool,
         weights: str | Path | None,
+        normalize: bool = True,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         blocks, stride = vision_transformer_blocks(name)
@@ -67,19 +76,21 @@ class VisionTransformerFeatures(nn.Module):
         self.has_embedding = PATCH_EMBEDDING in layers
         self.indices = [index for index, block in enumerate(blocks) if block in layers]
 
-        self.vit = create_backbone(name, pre_trained, weights, num_classes=0)
+        self.vit = create_backbone(
+            name, pre_trained, weights, num_classes=0, pos_drop_rate=dropout, proj_drop_rate=dropout
+        )
         self.vit.prune_intermediate_layers(self.indices, prune_norm=True)
         self.vit.set_input_size(image_size)
         self.vit.requires_grad_(requires_grad=False)
         self.layer_channels: list[int] = [self.vit.embed_dim] * (self.has_embedding + len(self.indices))
         self.num_channels = sum(self.layer_channels)
-        self.normalize = BackboneNormalize(name)
+        self.normalize = BackboneNormalize(name) if normalize else nn.Identity()
+        self.dropout = dropout
         self.eval()
 
     def train(self, mode: bool = True) -> "VisionTransformerFeatures":
-        """Stay in eval mode."""
-        del mode
-        return super().train(mode=False)
+        """Stay in eval mode, unless there is dropout."""
+        return super().train(mode and self.dropout > 0)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -182,6 +193,8 @@ def create_dense_features(
     feature_stride: int | None = None,
     pre_trained: bool = True,
     weights: str | Path | None = None,
+    normalize: bool = True,
+    dropout: float = 0.0,
 ) -> VisionTransformerFeatures | RegionalFeatures:
     """Create a frozen model of timm that returns its layers as one feature map.
 
@@ -199,6 +212,11 @@ def create_dense_features(
             Defaults to ``True``.
         weights (str | Path | None): File with weights in timm's format, to use instead.
             Defaults to ``None``.
+        normalize (bool): Shift and scale images by the mean and deviation that the model was trained with; ``False`` is
+            for vision transformers.
+            Defaults to ``True``.
+        dropout (float): Probability of dropout in a vision transformer, in train mode.
+            Defaults to ``0.0``.
 
     Returns:
         VisionTransformerFeatures | RegionalFeatures: The backbone, with ``num_channels`` U,
@@ -208,6 +226,12 @@ def create_dense_features(
         ValueError: If an argument does not fit another.
     """
     blocks, patch_size = vision_transformer_blocks(name)
+    if not blocks and (dropout or not normalize):
+        msg = (
+            f"normalize={normalize} and backbone_dropout={dropout} are for vision transformers, which "
+            f"backbone={name!r} is not; leave them at True and 0."
+        )
+        raise ValueError(msg)
     if not blocks:
         stride = DEFAULT_CNN_STRIDE if feature_stride is None else feature_stride
         check_whole(feature_stride=stride)
@@ -216,7 +240,7 @@ def create_dense_features(
         msg = f"feature_stride must be {patch_size}, the patch size of backbone={name!r}, got {feature_stride}."
         raise ValueError(msg)
     return VisionTransformerFeatures(
-        name, DEFAULT_VIT_LAYERS if layers is None else layers, image_size, pre_trained, weights
+        name, DEFAULT_VIT_LAYERS if layers is None else layers, image_size, pre_trained, weights, normalize, dropout
     )
 
 

@@ -39,15 +39,22 @@ class AnomalyMapGenerator(nn.Module):
         distance (Distance): ``"norm"``, as in the paper, or ``"mse"``.
         mahalanobis (ResidualDistance | None): What measures the difference, instead.
             Defaults to ``None``.
+        align_corners (bool): Enlarge so that the centres of the corner cells lie on the image's corners.
+            Defaults to ``False``.
     """
 
     def __init__(
-        self, image_size: tuple[int, int], distance: Distance, mahalanobis: ResidualDistance | None = None
+        self,
+        image_size: tuple[int, int],
+        distance: Distance,
+        mahalanobis: ResidualDistance | None = None,
+        align_corners: bool = False,
     ) -> None:
         super().__init__()
         self.image_size = image_size
         self.distance: Distance = distance
         self.mahalanobis = mahalanobis
+        self.align_corners = align_corners
 
     def forward(self, features: Tensor, reconstruction: Tensor) -> Tensor:
         """Map the distances between features of shape ``(B, U, H_0, W_0)`` and their reconstruction.
@@ -59,4 +66,6 @@ class AnomalyMapGenerator(nn.Module):
             distances = self.mahalanobis(features, reconstruction)
         else:
             distances = feature_distance(features, reconstruction, self.distance)
-        return functional.interpolate(distances, size=self.image_size, mode="bilinear", align_corners=False)
+        return functional.interpolate(
+            distances, size=self.image_size, mode="bilinear", align_corners=self.align_corners
+        )

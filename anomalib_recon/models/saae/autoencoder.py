@@ -11,10 +11,12 @@ Example:
 """
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from .author import AuthorTransformer
 
 
 def _unit(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -101,8 +103,8 @@ class SelfAttentionAutoencoder(nn.Module):
             Defaults to ``1``.
         mlp_ratio (int): Inner width of the feed-forward networks over V.
             Defaults to ``1``.
-        transformer (bool): Have a transformer between the convolutions; without it this is the convolutional
-            autoencoder of the ablation.
+        transformer (bool | Literal["author"]): Have a transformer between the convolutions, the paper's or the one of
+            the author's code; without it this is the convolutional autoencoder of the ablation.
             Defaults to ``True``.
     """
 
@@ -115,7 +117,7 @@ class SelfAttentionAutoencoder(nn.Module):
         num_heads: int = 3,
         depth: int = 1,
         mlp_ratio: int = 1,
-        transformer: bool = True,
+        transformer: bool | Literal["author"] = True,
     ) -> None:
         super().__init__()
         self.latent_dim = latent_dim
@@ -125,11 +127,10 @@ class SelfAttentionAutoencoder(nn.Module):
             _unit(hidden_dim, 2 * latent_dim),
             nn.Conv2d(2 * latent_dim, latent_dim, kernel_size=1),
         )
-        self.transformer: nn.Module = (
-            LatentTransformer(latent_dim, grid_size, patch_size, num_heads, depth, mlp_ratio * latent_dim)
-            if transformer
-            else nn.Identity()
-        )
+        self.transformer: nn.Module = nn.Identity()
+        if transformer:
+            kind = AuthorTransformer if transformer == "author" else LatentTransformer
+            self.transformer = kind(latent_dim, grid_size, patch_size, num_heads, depth, mlp_ratio * latent_dim)
         self.conv_decoder = nn.Sequential(
             _unit(latent_dim, 2 * latent_dim),
             _unit(2 * latent_dim, hidden_dim),

@@ -19,7 +19,7 @@ See Also:
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from anomalib.data import Batch
@@ -80,9 +80,17 @@ class SAAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
             Defaults to ``1``.
         mlp_ratio (int): Inner width of the feed-forward networks over V: 1 for textures, 2 for objects.
             Defaults to ``1``.
-        transformer (bool): Have a transformer between the convolutions; without it the autoencoder is that of the
-            ablation "w/o SAAE".
+        transformer (bool | Literal["author"]): Have a transformer between the convolutions, that of the paper or, with
+            ``"author"``, that of the author's code; without it the autoencoder is that of the ablation "w/o SAAE".
             Defaults to ``True``.
+        normalize (bool): Shift and scale images by the mean and deviation that the backbone was trained with; ``False``
+            is for vision transformers.
+            Defaults to ``True``.
+        backbone_dropout (float): Probability of dropout in a vision transformer while the autoencoder trains: a noise
+            on features and target alike. They are then not cached.
+            Defaults to ``0.0``.
+        align_corners (bool): Enlarge the map so that the centres of its corner cells lie on the image's corners.
+            Defaults to ``False``.
         feature_scale (Literal["none", "stage", "channel", "whiten"]): Bring features to one scale: that of each stage
             or channel, or of all principal components.
             Defaults to ``"none"``.
@@ -120,6 +128,7 @@ class SAAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
     network = SAAEModel
     default_image_size = DEFAULT_IMAGE_SIZE
     free_arguments = ("latent_dim", "top_fraction")
+    added_arguments = {"normalize": True, "backbone_dropout": 0.0, "align_corners": False}  # noqa: RUF012
 
     def __init__(
         self,
@@ -135,7 +144,10 @@ class SAAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         num_heads: int = 3,
         depth: int = 1,
         mlp_ratio: int = 1,
-        transformer: bool = True,
+        transformer: bool | Literal["author"] = True,
+        normalize: bool = True,
+        backbone_dropout: float = 0.0,
+        align_corners: bool = False,
         feature_scale: ScaleBy = "none",
         distance: Distance = "norm",
         top_fraction: float = 0.0,
@@ -160,7 +172,7 @@ class SAAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         self.use_one_cycle = use_one_cycle
         self.scales_features = feature_scale != "none"
         self.needs_datamodule = self.scales_features or distance == "mahalanobis"
-        self.feature_cache = FeatureCache(feature_cache_gib)
+        self.feature_cache = FeatureCache(0 if backbone_dropout else feature_cache_gib)
         self._given_latent_dim = latent_dim
 
     def start_features(self, batch: Batch) -> Tensor:

@@ -19,7 +19,7 @@ See Also:
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from anomalib.data import InferenceBatch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from anomalib_recon.layers import (
     ScaleBy,
     Tiling,
     TopMean,
+    check_finite,
     check_image_size,
     check_whole,
     create_dense_features,
@@ -75,9 +76,17 @@ class SAAEModel(Tiling, nn.Module):
             Defaults to ``1``.
         mlp_ratio (int): Inner width of the feed-forward networks over V.
             Defaults to ``1``.
-        transformer (bool): Have a transformer between the convolutions; without it the autoencoder is that of the
-            ablation "w/o SAAE".
+        transformer (bool | Literal["author"]): Have a transformer between the convolutions, that of the paper or, with
+            ``"author"``, that of the author's code; without it the autoencoder is that of the ablation "w/o SAAE".
             Defaults to ``True``.
+        normalize (bool): Shift and scale images by the mean and deviation that the backbone was trained with; ``False``
+            is for vision transformers.
+            Defaults to ``True``.
+        backbone_dropout (float): Probability of dropout in a vision transformer while the autoencoder trains: a noise
+            on features and target alike.
+            Defaults to ``0.0``.
+        align_corners (bool): Enlarge the map so that the centres of its corner cells lie on the image's corners.
+            Defaults to ``False``.
         feature_scale (ScaleBy): Scale of the features; see :class:`~anomalib_recon.layers.FeatureScale`.
             Defaults to ``"none"``.
         distance (Distance): Compare feature vectors by the L2 norm of their difference, ``"norm"``, by its mean
@@ -105,7 +114,10 @@ class SAAEModel(Tiling, nn.Module):
         num_heads: int = 3,
         depth: int = 1,
         mlp_ratio: int = 1,
-        transformer: bool = True,
+        transformer: bool | Literal["author"] = True,
+        normalize: bool = True,
+        backbone_dropout: float = 0.0,
+        align_corners: bool = False,
         feature_scale: ScaleBy = "none",
         distance: Distance = "norm",
         top_fraction: float = 0.0,
@@ -116,9 +128,16 @@ class SAAEModel(Tiling, nn.Module):
         if distance not in {"norm", "mse", "mahalanobis"}:
             msg = f"distance must be 'norm', 'mse' or 'mahalanobis', got {distance!r}."
             raise ValueError(msg)
+        if transformer not in {True, False, "author"}:
+            msg = f"transformer must be True, False or 'author', got {transformer!r}."
+            raise ValueError(msg)
+        check_finite(backbone_dropout=backbone_dropout)
+        if not 0 <= backbone_dropout < 1:
+            msg = f"backbone_dropout must be at least 0 and below 1, got {backbone_dropout}."
+            raise ValueError(msg)
         self.image_size = image_size
         self.backbone = create_dense_features(
-            backbone, layers, image_size, feature_stride, pre_trained, backbone_weights
+            backbone, layers, image_size, feature_stride, pre_trained, backbone_weights, normalize, backbone_dropout
         )
         divide_feature_map(self.backbone.grid_size, patch_size)  # the autoencoder may be built later
         self.scale = FeatureScale(self.backbone.layer_channels, feature_scale)
@@ -129,6 +148,7 @@ class SAAEModel(Tiling, nn.Module):
             ResidualDistance(self.backbone.num_channels, self.backbone.grid_size)
             if distance == "mahalanobis"
             else None,
+            align_corners,
         )
         self.autoencoder: SelfAttentionAutoencoder | None = None
         self._autoencoder_arguments: dict[str, Any] = {**sizes, "transformer": transformer}

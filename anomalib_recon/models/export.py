@@ -2,15 +2,17 @@
 
 """Export to ONNX in the operator set in which the graph is made, and to int8 without losing the scores."""
 
+import functools
 import logging
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from anomalib.data import AnomalibDataModule
+from anomalib.data import AnomalibDataModule, InferenceBatch
 from anomalib.deploy import CompressionType
 
 from anomalib_recon.post_processing import RawScoreExport
@@ -65,7 +67,8 @@ class CurrentOpsetExport(RawScoreExport):
             Path: The exported file.
         """
         arguments = {"opset_version": OPSET_VERSION, **kwargs}
-        with torch.no_grad():  # of a loop with weights, the exporter would ask for the graph of its gradient
+        # of a loop with weights, the exporter would ask for the graph of its gradient
+        with torch.no_grad(), _probed_without_computing(self):
             return super().to_onnx(export_root, model_file_name, input_size, **arguments)
 
     def _compress_ov_model(
@@ -102,6 +105,27 @@ class CurrentOpsetExport(RawScoreExport):
                 steps = list(_steps(quantized, loop, images.get_inference_data()))
                 loop.set_function(nncf.quantize(loop.get_function(), nncf.Dataset(steps)))
         return quantized
+
+
+@contextmanager
+def _probed_without_computing(model: Any) -> Iterator[None]:
+    """Give anomalib the outputs' names, for which it calls the model, without the time of an inference."""
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def probe(images: torch.Tensor) -> Any:
+        if torch.compiler.is_exporting():
+            return forward(images)
+        predictions = InferenceBatch(
+            pred_score=images.new_zeros(1), anomaly_map=images.new_zeros(1, 1, *images.shape[-2:])
+        )
+        return model.post_processor(predictions) if model.post_processor else predictions
+
+    model.forward = probe
+    try:
+        yield
+    finally:
+        del model.forward
 
 
 def comparison_operations(model: "openvino.Model", num_layers: int) -> list[str]:

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Time from the start of a process to a model with thresholds, beside PaDiM and PatchCore, and how good the model is.
+
+``python -m benchmarks.time_to_model --root DATA --category screw --weights tf_efficientnet_b4.safetensors``
+
+Each model trains in a process of its own, by its recommended config, on at most ``--num_images`` good images; the
+built-in ones take the same backbone and image size. ``start`` is the time until the fit begins, ``fit`` that of the fit
+with the thresholds; the test that follows is not in it. Prints a table and writes it as JSON. What is in the file is
+not measured again.
+"""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from anomalib_recon.files import write_whole
+
+SEED = 0
+CONFIGS = {
+    "FeatureInpainting": "model/feature_inpainting.yaml",
+    "ADTR": "recommended/adtr.yaml",
+    "SAAE": "recommended/saae.yaml",
+    "PatchAE": "recommended/patch_ae.yaml",
+}
+BACKBONE, LAYERS = "tf_efficientnet_b4", ["blocks.1", "blocks.2", "blocks.4"]
+BUILT_IN: dict[str, tuple[str, dict[str, Any]]] = {
+    "PaDiM": ("Padim", {"layers": LAYERS, "n_features": 100}),
+    "PatchCore, 1 %": ("Patchcore", {"layers": LAYERS[1:], "coreset_sampling_ratio": 0.01}),
+}
+
+
+def build_own(name: str, weights: Path) -> tuple[Any, int]:
+    import yaml  # noqa: PLC0415  # the process that only waits for others imports nothing
+
+    from anomalib_recon import models  # noqa: PLC0415
+    from anomalib_recon.config_files import config_path  # noqa: PLC0415
+
+    config = yaml.safe_load(config_path(CONFIGS[name]).read_text(encoding="utf-8"))
+    model_class = getattr(models, config["model"]["class_path"].split(".")[-1])
+    arguments = config["model"]["init_args"] | {"backbone_weights": weights}
+    return model_class(**arguments, visualizer=False), config.get("trainer", {}).get("max_epochs", 1)
+
+
+def build_built_in(name: str, weights: Path) -> tuple[Any, int]:
+    from anomalib import models  # noqa: PLC0415
+
+    from anomalib_recon.layers import create_backbone  # noqa: PLC0415
+    from anomalib_recon.metrics import RawScoreEvaluator  # noqa: PLC0415
+
+    class_name, arguments = BUILT_IN[name]
+    model_class = getattr(models, class_name)
+    model = model_class(
+        BACKBONE, **arguments, pre_trained=False, pre_processor=model_class.configure_pre_processor((256, 256)),
+        evaluator=RawScoreEvaluator(), visualizer=False,
+    )  # fmt: skip
+    source = create_backbone(BACKBONE, pre_trained=False, weights=weights, features_only=True).state_dict()
+    network = model.model.feature_extractor.feature_extractor
+    network.load_state_dict({key: source[key] for key in network.state_dict()})
+    return model, 1
+
+
+def train_and_test(name: str, args: argparse.Namespace) -> dict[str, float]:
+    """Train a model in this process; the times are stamps of the clock."""
+    warnings.filterwarnings("ignore")
+    from anomalib.data import MVTecAD  # noqa: PLC0415
+    from anomalib.engine import Engine  # noqa: PLC0415
+    from lightning import seed_everything  # noqa: PLC0415
+
+    logging.disable(logging.INFO)
+    seed_everything(SEED)
+    model, epochs = (build_own if name in CONFIGS else build_built_in)(name, args.weights)
+    datamodule = MVTecAD(root=args.root, category=args.category, train_batch_size=16, eval_batch_size=16, num_workers=0)
+    datamodule.prepare_data()
+    datamodule.setup()
+    datamodule.train_data.samples = datamodule.train_data.samples.iloc[: args.num_images]
+    engine = Engine(
+        default_root_dir=args.output / name.replace(" ", "_"), max_epochs=epochs, accelerator="cpu", devices=1,
+        precision=args.precision if name in CONFIGS else "32", enable_progress_bar=False, logger=False,
+    )  # fmt: skip
+    begun = time.time()
+    engine.fit(model, datamodule=datamodule)
+    ended = time.time()
+    [metrics] = engine.test(model, datamodule=datamodule, verbose=False)
+    return {"images": len(datamodule.train_data), "begun": begun, "ended": ended, **metrics}
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.time_to_model", *sys.argv[1:], "--process", name]
+    start = time.time()
+    lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    figures = json.loads(lines[-1])
+    return {
+        "images": figures["images"],
+        "start, s": figures["begun"] - start,
+        "fit, s": figures["ended"] - figures["begun"],
+        "in all, s": figures["ended"] - start,
+        "image AUROC": figures["image_AUROC"],
+        "pixel AUROC": figures["pixel_AUROC"],
+        "PRO": figures["pixel_AUPRO"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [*CONFIGS, *BUILT_IN]
+    parser.add_argument("--root", type=Path, required=True, help="data in MVTec AD's layout")
+    parser.add_argument("--category", required=True)
+    parser.add_argument("--weights", type=Path, required=True, help=f"weights of {BACKBONE} in timm's format")
+    parser.add_argument("--num_images", type=int, default=250)
+    parser.add_argument("--precision", default="bf16-mixed", help="of our models")
+    parser.add_argument("--models", nargs="+", choices=names, default=names)
+    parser.add_argument("--output", type=Path, default=Path("results/time_to_model"))
+    parser.add_argument("--process", choices=names, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.process:
+        print(json.dumps(train_and_test(args.process, args)))
+        return
+    path = args.output / f"{args.category}.json"
+    figures = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    figures["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
+    for name in args.models:
+        figures[name] = figures.get(name) or measure(name, args)
+        write_whole(path, json.dumps(figures, indent=2).encode())
+        rows = [{"model": key, **row} for key, row in figures.items() if key != "machine"]
+        print(pd.DataFrame(rows).to_markdown(index=False, floatfmt=".3f"), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
+import ctypes
+import gc
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 # the workers of a parallel run, and what they start, share the cores
@@ -15,6 +18,15 @@ from PIL import Image
 
 from anomalib_recon.data import DemoAD, drawing
 from tests.tiny_models import TINY, Trained, build, engine_in, train
+
+
+@pytest.fixture(scope="module", autouse=True)
+def give_memory_back() -> Iterator[None]:
+    """Return freed memory to the system after each file: what the tests of one need would stay with its worker."""
+    yield
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None:
+        trim(0)
 
 
 def draw_stripes(random: np.random.Generator, size: tuple[int, int], hole: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -43,7 +43,7 @@ def load_pretrained(source: str | Path, revision: str | None = None) -> Anomalib
     if missing:
         msg = f"source={source} has no {' and no '.join(missing)}; python -m anomalib_recon.card writes such a folder."
         raise ValueError(msg)
-    name = json.loads((folder / CONFIG).read_text()).get("model")
+    name = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model")
     return load_model(name, folder / CHECKPOINT)
 
 

@@ -35,7 +35,7 @@ class Watch(Callback):
 
     def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, *args) -> None:
         if (batch_idx + 1) % self.interval == 0:
-            lines = Path("/proc/self/status").read_text().splitlines()
+            lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
             resident = next(line for line in lines if line.startswith("VmRSS"))
             self.resident_mib.append(round(int(resident.split()[1]) / 1024, 1))
             self.open_files.append(len(list(Path("/proc/self/fd").iterdir())))

@@ -39,14 +39,14 @@ RUNTIMES = ("torch", "openvino", "patchcore")
 
 def memory(name: str) -> float:
     """Memory of this process in MiB: ``VmRSS`` for now, ``VmHWM`` for its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 
 
 def extra_memory(function: Callable[[], object]) -> float:
     """Peak memory in MiB while a function runs, over what was held before."""
     before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
     function()
     return memory("VmHWM") - before
 

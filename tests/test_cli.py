@@ -98,7 +98,7 @@ def test_tiled_ensemble_trains_and_evaluates(tmp_path: Path, monkeypatch: pytest
     TrainTiledEnsemble().run(arguments)
     results = tmp_path / "results" / "FeatureInpainting" / "MVTecAD" / "stripes" / "latest"
     assert len(list((results / "weights" / "lightning").glob("model*.ckpt"))) == 2
-    assert json.loads((results / "weights" / "lightning" / "stats.json").read_text())
+    assert json.loads((results / "weights" / "lightning" / "stats.json").read_text(encoding="utf-8"))
     EvalTiledEnsemble(results.resolve()).run(arguments)
     row = pd.read_csv(next(results.resolve().rglob("metric_results.csv"))).iloc[0]
     assert 0 <= row["pixel_AUROC"] <= 1

@@ -108,4 +108,4 @@ def test_networks_are_compiled(name: str) -> None:
 def test_the_code_names_no_accelerator() -> None:
     named = re.compile(r"torch\.(cuda|mps|xpu)\b|\.cuda\(|[\"'](cuda|mps|xpu)[\"':]")
     for path in Path(anomalib_recon.__file__).parent.rglob("*.py"):
-        assert not named.search(path.read_text()), path
+        assert not named.search(path.read_text(encoding="utf-8")), path

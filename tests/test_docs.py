@@ -43,7 +43,7 @@ class Block:
 
 
 def blocks(page: Path, language: str) -> list[Block]:
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     found = [
         Block(match[2], match[3], text.count("\n", 0, match.start(3)), bool(match[1])) for match in BLOCK.finditer(text)
     ]
@@ -153,7 +153,7 @@ def parse_module(module: str, *arguments: str) -> None:
     elif module in {"anomalib_recon.card", "anomalib_recon.parity", "anomalib_recon.deploy.thresholds"}:
         import_module(module).build_parser().parse_args(arguments)
     elif module.startswith("benchmarks."):
-        script = ROOT.joinpath(*module.split(".")).with_suffix(".py").read_text()
+        script = ROOT.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8")
         assert all(f'"{word}"' in script for word in arguments if word.startswith("--"))
     else:
         assert module in {"venv", "pytest"}
@@ -182,12 +182,12 @@ def defined_names(path: Path) -> set[str]:
                 found |= find(part.body, f"{prefix}{part.name}.")
         return found
 
-    return find(ast.parse(path.read_text()).body, "")
+    return find(ast.parse(path.read_text(encoding="utf-8")).body, "")
 
 
 @pytest.mark.parametrize("page", sorted(ROOT.glob("docs/models/*.md")), ids=name_of)
 def test_names_beside_the_paper_exist(page: Path) -> None:
-    rows = re.findall(r"\| `([\w/]+\.py)` \| `([\w.]+)` \|$", page.read_text(), re.MULTILINE)
+    rows = re.findall(r"\| `([\w/]+\.py)` \| `([\w.]+)` \|$", page.read_text(encoding="utf-8"), re.MULTILINE)
     assert len(rows) >= 10
     for file, name in rows:
         folder = "." if "/" in file else f"models/{page.stem}"
@@ -195,13 +195,13 @@ def test_names_beside_the_paper_exist(page: Path) -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
-    text = re.sub(r"```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if "://" in link:
             continue
@@ -217,5 +217,5 @@ def test_site_is_built(tmp_path: Path) -> None:
     # --strict: a link, an anchor or a name that is not there is an error
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True)
-    page = (tmp_path / "models" / "intra" / "index.html").read_text()
+    page = (tmp_path / "models" / "intra" / "index.html").read_text(encoding="utf-8")
     assert "Held-out images" in page  # from the README, by a snippet

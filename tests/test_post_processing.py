@@ -293,7 +293,7 @@ def test_two_processes_agree_with_one(fitted: tuple[Tiny, Path], noise: Path, tm
         timeout=600,
     )
     for rank in (0, 1):
-        assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == thresholds(fitted[0])
+        assert json.loads((tmp_path / f"rank{rank}.json").read_text(encoding="utf-8")) == thresholds(fitted[0])
 
 
 def test_post_processor_is_chosen_on_the_command_line(noise: Path) -> None:

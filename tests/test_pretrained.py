@@ -39,7 +39,7 @@ def test_a_published_model_scores_as_the_trained_one(name: str, demo: Path, tmp_
 def test_the_card_says_what_the_model_is(demo: Path, tmp_path: Path) -> None:
     trained = train(build("ADTR"), demo, tmp_path / "trained")
     folder = publish("ADTR", trained.checkpoint, tmp_path / "mesh", "--figures", *FIGURES)
-    _, head, text = (folder / "README.md").read_text().split("---\n", 2)
+    _, head, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     data = yaml.safe_load(head)
     assert data["license"] == "cc0-1.0"
     [result] = data["model-index"][0]["results"]

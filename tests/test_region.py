@@ -214,7 +214,7 @@ def test_a_built_in_model_has_a_region_by_command(demo: Path, tmp_path: Path) ->
 def test_a_bad_region_is_refused(region: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Image.new("L", (5, 5)).save("black.png")
-    Path("text.png").write_text("no image")
+    Path("text.png").write_text("no image", encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         RegionPostProcessor(region)
 

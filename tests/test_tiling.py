@@ -125,7 +125,7 @@ def test_tiles_that_do_not_fit_are_refused(
 
 def test_the_config_of_the_page_is_read(tmp_path: Path) -> None:
     page = Path(__file__).parents[1] / "docs" / "tiling.md"
-    config = yaml.safe_load(page.read_text().split("```yaml\n")[1].split("```")[0])
+    config = yaml.safe_load(page.read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0])
     config["model"]["init_args"] |= {"backbone": "resnet18", "pre_trained": False}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     cli = AnomalibCLI(["fit", "--data", "DemoAD", "--config", str(tmp_path / "config.yaml")], run=False)

@@ -85,7 +85,7 @@ def hardware(trainer: Trainer) -> str:
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """Read a file written by :func:`write_json`, or ``None`` if there is none."""
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

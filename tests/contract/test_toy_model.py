@@ -47,9 +47,9 @@ PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
 @pytest.fixture(scope="module")
 def name(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The model of the page, named where the page says."""
-    [code] = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    [code] = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     folder = tmp_path_factory.mktemp("toy")
-    (folder / "conv_ae.py").write_text(code)
+    (folder / "conv_ae.py").write_text(code, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         patch.setattr(models, "ConvAE", import_module("conv_ae").ConvAE, raising=False)

@@ -80,7 +80,7 @@ def test_thresholds_are_set(exported_model: Exported, path: Path, good: Path, tm
 
 
 def test_the_example_scores_what_arrives(exported_model: Exported, good: Path, tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "exports.md").read_text()
+    page = (ROOT / "docs" / "exports.md").read_text(encoding="utf-8")
     [example] = re.findall(r"^```python\n(# watch\.py.*?)^```$", page, re.MULTILINE | re.DOTALL)
     path = exported_model.files[".xml"]
     printed = run(example, path, good, "2", folder=tmp_path).splitlines()
@@ -96,9 +96,9 @@ def test_the_example_scores_what_arrives(exported_model: Exported, good: Path, t
 def test_the_example_in_cpp_scores_as_the_one_in_python(exported_model: Exported, good: Path, tmp_path: Path) -> None:
     package = Path(openvino.__file__).parent
     [library] = package.glob("libs/libopenvino.so.*")
-    page = (ROOT / "docs" / "exports.md").read_text()
+    page = (ROOT / "docs" / "exports.md").read_text(encoding="utf-8")
     [example] = re.findall(r"^```cpp\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    (tmp_path / "score.cpp").write_text(example)
+    (tmp_path / "score.cpp").write_text(example, encoding="utf-8")
     command = ["g++", "-std=c++17", f"-I{package / 'include'}", "score.cpp", "-o", "score", library]
     subprocess.run([*command, f"-Wl,-rpath,{library.parent}"], cwd=tmp_path, check=True)
     file, path = find_images(good)[0], exported_model.files[".xml"]

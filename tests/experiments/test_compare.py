@@ -86,7 +86,7 @@ def test_results_are_those_of_scikit_learn_on_the_saved_scores(output: Path, fol
 
 
 def test_every_format_is_measured_on_raw_scores(output: Path, folder: Path) -> None:
-    rows = json.loads((folder / "formats.json").read_text())
+    rows = json.loads((folder / "formats.json").read_text(encoding="utf-8"))
     int8 = ["int8 weights", "int8 weights, bf16", "int8 PTQ", "int8 PTQ, bf16"]
     assert list(rows) == ["torch", "fp32", "bf16", "fp16", *int8]
     [result] = pd.read_csv(output / "results.csv").to_dict("records")
@@ -104,14 +104,14 @@ def test_every_format_is_measured_on_raw_scores(output: Path, folder: Path) -> N
     assert (frame[["milliseconds", "speed_up", "images_per_second"]] > 0).all(axis=None)
     change = rows["int8 PTQ"]["pixel_AUROC"] - rows["torch"]["pixel_AUROC"]
     assert frame.at["int8 PTQ", "pixel_AUROC_change"] == pytest.approx(change)
-    title, _, heading, _, *lines = (output / "formats.md").read_text().splitlines()
+    title, _, heading, _, *lines = (output / "formats.md").read_text(encoding="utf-8").splitlines()
     assert title == "## stripes"
     assert heading.count("|") == 11
     assert [line.split("|")[2].strip() for line in lines] == list(rows)
 
 
 def test_the_report_stands_alone(output: Path, folder: Path) -> None:
-    html = (output / "report.html").read_text()
+    html = (output / "report.html").read_text(encoding="utf-8")
     assert "Take small InTra &lt;1&gt;." in html
     assert "Not finished yet: other on stripes." in html
     links = re.findall(r"""(?:src|href|url\()\s*=?\s*["']?([^"'\s>)]+)""", html)
@@ -182,7 +182,7 @@ def test_several_devices_are_refused(arguments: list[str], tmp_path: Path) -> No
 
 def test_a_model_without_export_is_reported(arguments: list[str], output: Path, folder: Path) -> None:
     lacking = {"result.json": {"openvino_ms": None, "openvino_mb": None}, "formats.json": {"fp16": {}}}
-    texts = {name: (folder / name).read_text() for name in lacking}
+    texts = {name: (folder / name).read_text(encoding="utf-8") for name in lacking}
     for name, text in texts.items():
         (folder / name).write_text(json.dumps(json.loads(text) | lacking[name]))
     main([*arguments, "--only_report"])
@@ -190,7 +190,7 @@ def test_a_model_without_export_is_reported(arguments: list[str], output: Path, 
         (folder / name).write_text(text)
     assert np.isnan(pd.read_csv(output / "results.csv")["openvino_ms"].item())
     assert pd.read_csv(output / "formats.csv", index_col="format").loc["fp16", "milliseconds":].isna().all()
-    [line] = [line for line in (output / "formats.md").read_text().splitlines() if "fp16" in line]
+    [line] = [line for line in (output / "formats.md").read_text(encoding="utf-8").splitlines() if "fp16" in line]
     assert set(line.split("fp16")[1]) == {" ", "|"}
 
 
@@ -239,7 +239,7 @@ def test_anomalib_knows_the_models_of_the_configs(tmp_path: Path) -> None:
     runs = [run for name in ("folder", "formats") for run in read_runs(config_path(f"compare/{name}.yaml"), tmp_path)]
     for run in runs:
         assert issubclass(getattr(anomalib.models, run.config["model"]["class_path"]), AnomalibModule)
-    benchmark = yaml.safe_load(config_path("compare/benchmark.yaml").read_text())["benchmark"]
+    benchmark = yaml.safe_load(config_path("compare/benchmark.yaml").read_text(encoding="utf-8"))["benchmark"]
     jobs = [(get_model(job["model"]), get_datamodule(job["data"])) for job in get_iterator_from_grid_dict(benchmark)]
     assert [(type(model).__name__, data.category) for model, data in jobs] == [
         ("InTra", "grid"), ("InTra", "plate"), ("Padim", "grid"), ("Padim", "plate"),

@@ -59,7 +59,7 @@ def test_sizes_are_trained_once_on_the_same_images_and_the_config_is_ready(
     assert [int(line.split()[0]) for line in table] == [48, 64]
     assert [line.split()[0] for line in table if "chosen" in line] == [str(chosen)]
     result = tmp_path / "48" / "result.json"
-    losses = json.loads(result.read_text())["held_out_losses"]
+    losses = json.loads(result.read_text(encoding="utf-8"))["held_out_losses"]
     assert len(losses) == 2
     assert held_out_paths(tmp_path / "48") == held_out_paths(tmp_path / "64")
 
@@ -72,7 +72,7 @@ def test_sizes_are_trained_once_on_the_same_images_and_the_config_is_ready(
     result.unlink()  # as if the run had been killed just before it
     before = (tmp_path / "64" / "result.json").stat().st_mtime_ns
     image_size.main(arguments(stripes, tmp_path, 48, 64))
-    assert json.loads(result.read_text())["held_out_losses"] == losses
+    assert json.loads(result.read_text(encoding="utf-8"))["held_out_losses"] == losses
     assert (tmp_path / "64" / "result.json").stat().st_mtime_ns == before
 
     other_seed = ["--seed", "1", "--output", str(tmp_path / "other")]

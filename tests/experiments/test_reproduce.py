@@ -75,7 +75,7 @@ def test_overrides_are_arguments_of_the_model_and_the_trainer(name: str) -> None
     for row in table.rows.values():
         assert row.after is None or row.after in table.rows
         for category in (*table.categories_of(row), "mine"):
-            config = yaml.safe_load(config_path(row.config).read_text())
+            config = yaml.safe_load(config_path(row.config).read_text(encoding="utf-8"))
             model = getattr(anomalib.models, config["model"]["class_path"].split(".")[-1])
             for argument in table.overrides_of(row, category):
                 part, _, parameter = argument.partition(".")
@@ -136,7 +136,7 @@ def test_an_interrupted_call_continues_and_a_finished_one_is_skipped(
     main(arguments)
     # the third epoch is done anew, the first two are not
     assert StopOnce.epochs == [0, 1, 2, 2]
-    result = json.loads((folder / "result.json").read_text())
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     saved = torch.load(folder / result["checkpoint"], weights_only=False)["callbacks"]["TrainingTime"]
     assert result["training_seconds"] >= saved["time_elapsed"]["train"] > 0
 
@@ -157,7 +157,9 @@ def test_an_interrupted_call_continues_and_a_finished_one_is_skipped(
 
     # what is reported are the weights after the last epoch, not those that the second call began with
     main([*arguments, "--output", str(tmp_path / "uninterrupted")])
-    whole = json.loads((tmp_path / "uninterrupted" / folder.relative_to(tmp_path) / "result.json").read_text())
+    whole = json.loads(
+        (tmp_path / "uninterrupted" / folder.relative_to(tmp_path) / "result.json").read_text(encoding="utf-8")
+    )
     assert result["metrics"] == pytest.approx(whole["metrics"], abs=1e-4)
 
 
@@ -165,7 +167,9 @@ def test_a_row_starts_from_the_row_before(root: Path, tmp_path: Path) -> None:
     common = ["--root", str(root), "--output", str(tmp_path), *COMMON, "--trainer.max_epochs", "1"]
     main(["saae_layers", *common, *VIT, "--methods", "f2", "--categories", "stripes"])
     folders = [tmp_path / "saae_layers" / method / "stripes" for method in ("f4", "f2")]
-    f4, f2 = (json.loads((folder / "result.json").read_text())["hyper_parameters"] for folder in folders)
+    f4, f2 = (
+        json.loads((folder / "result.json").read_text(encoding="utf-8"))["hyper_parameters"] for folder in folders
+    )
     assert f2["latent_dim"] == f4["latent_dim"]
     table = pd.read_csv(tmp_path / "saae_layers" / "table.csv")
     assert set(table["category"]) == {"stripes"}  # not a category of the paper, so in no mean
@@ -173,7 +177,7 @@ def test_a_row_starts_from_the_row_before(root: Path, tmp_path: Path) -> None:
 
     main(["adtr", *common, *ADTR])
     method = tmp_path / "adtr" / "ADTR+" / "screw"
-    start = json.loads((method / "result.json").read_text())["hyper_parameters"]["normal_checkpoint"]
+    start = json.loads((method / "result.json").read_text(encoding="utf-8"))["hyper_parameters"]["normal_checkpoint"]
     assert Path(start).is_relative_to(tmp_path / "adtr" / "ADTR" / "screw")
 
 

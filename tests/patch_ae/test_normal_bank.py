@@ -85,14 +85,14 @@ def test_chunk_must_be_positive() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read and reset as Linux does it")
 def test_peak_memory_of_the_search_is_bounded_by_the_chunk() -> None:
     def peak() -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
     vectors, features = torch.rand(30_000, 16), torch.rand(4, 16, 32, 32)
     extra = {}
     for vectors_per_chunk in (1000, 30_000):
         bank = filled(vectors, vectors_per_chunk)
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is held now
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak to what is held now
         before = peak()
         bank(features)
         extra[vectors_per_chunk] = peak() - before

@@ -257,7 +257,9 @@ def test_two_processes_come_to_the_result_of_one(two_processes: Path, run: str, 
                 assert nearest.max() <= TOLERANCE * vectors.std(dim=0).norm()
         elif one[key].is_floating_point():  # statistics, and what has been fitted
             assert distance(one, two, {key}) <= TOLERANCE * one[key].norm(), key
-    metrics, others = (json.loads((folder / "0.json").read_text()) for folder in (tmp_path, two_processes / run))
+    metrics, others = (
+        json.loads((folder / "0.json").read_text(encoding="utf-8")) for folder in (tmp_path, two_processes / run)
+    )
     assert others == pytest.approx(metrics, abs=TOLERANCE)
 
 
@@ -267,7 +269,7 @@ def test_two_processes_have_one_model(two_processes: Path, run: str) -> None:
     for key, value in first.items():
         assert torch.equal(second[key], value), key
         assert value.isfinite().all(), key
-    metrics, others = ((two_processes / run / f"{rank}.json").read_text() for rank in (0, 1))
+    metrics, others = ((two_processes / run / f"{rank}.json").read_text(encoding="utf-8") for rank in (0, 1))
     assert metrics == others
 
 

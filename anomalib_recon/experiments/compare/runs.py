@@ -159,7 +159,7 @@ def read_runs(config: Path, output: Path, arguments: Sequence[str] = ()) -> list
     Raises:
         ValueError: If the file lacks a part, or two names would share a folder.
     """
-    content = yaml.safe_load(config.read_text())
+    content = yaml.safe_load(config.read_text(encoding="utf-8"))
     lacking = [key for key in ("models", "datasets") if not content.get(key)]
     if lacking:
         msg = f"--config {config} has no {' and no '.join(lacking)}: see configs/compare/demo.yaml for the format."

@@ -88,7 +88,7 @@ class Runs:
 
     def _settings(self, row: Row, category: str) -> dict[str, Any]:
         return {
-            "config": yaml.safe_load(config_path(row.config).read_text()),
+            "config": yaml.safe_load(config_path(row.config).read_text(encoding="utf-8")),
             "overrides": self.table.overrides_of(row, category),
             "arguments": list(self.arguments),
             "seed": self.seed,
@@ -98,7 +98,7 @@ class Runs:
         dataset = self.table.dataset
         config = config_path(row.config)
         arguments = ["--config", str(config)]
-        if "data" not in yaml.safe_load(config.read_text()):
+        if "data" not in yaml.safe_load(config.read_text(encoding="utf-8")):
             arguments += ["--data", dataset.class_path]
         arguments += [f"--data.root={self.root}", f"--{dataset.category_argument}={category}"]
         known = {**start.get("hyper_parameters", {}), "checkpoint": start.get("checkpoint")}

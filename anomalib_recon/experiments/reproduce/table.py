@@ -124,7 +124,7 @@ class Table:
         """Arguments of ``anomalib train`` for a row and category that differ from its config."""
         groups = [group for group, categories in self.dataset.groups.items() if category in categories]
         names = (*groups, category)
-        shared = yaml.safe_load(config_path(row.categories).read_text()) if row.categories else {}
+        shared = yaml.safe_load(config_path(row.categories).read_text(encoding="utf-8")) if row.categories else {}
         parts = [*(shared.get(name, {}) for name in names), row.overrides]
         parts += [row.overrides_for.get(name, {}) for name in names]
         return {argument: value for part in parts for argument, value in part.items()}
@@ -137,6 +137,6 @@ def table_names() -> list[str]:
 
 def read_table(name: str) -> Table:
     """Read a table by its name, one of :func:`table_names`."""
-    content = yaml.safe_load(config_path(f"reproduce/{name}.yaml").read_text())
+    content = yaml.safe_load(config_path(f"reproduce/{name}.yaml").read_text(encoding="utf-8"))
     rows = {name: Row(name, **row) for name, row in content["rows"].items()}
     return Table(name, content["paper"], DATASETS[content["dataset"]], rows)

@@ -4,8 +4,8 @@
 
 ``python -m benchmarks.time_to_model --root DATA --category screw --weights tf_efficientnet_b4.safetensors``
 
-Each model trains in a process of its own, by its recommended config, on at most ``--num_images`` good images; the
-built-in ones take the same backbone and image size. ``start`` is the time until the fit begins, ``fit`` that of the fit
+Each model trains in a process of its own, by its recommended config; the built-in ones take the same backbone and image
+size. ``start`` is the time until the fit begins, ``fit`` that of the fit
 with the thresholds; the test that follows is not in it. Prints a table and writes it as JSON. What is in the file is
 not measured again.
 """
@@ -81,9 +81,6 @@ def train_and_test(name: str, args: argparse.Namespace) -> dict[str, float]:
     seed_everything(SEED)
     model, epochs = (build_own if name in CONFIGS else build_built_in)(name, args.weights)
     datamodule = MVTecAD(root=args.root, category=args.category, train_batch_size=16, eval_batch_size=16, num_workers=0)
-    datamodule.prepare_data()
-    datamodule.setup()
-    datamodule.train_data.samples = datamodule.train_data.samples.iloc[: args.num_images]
     engine = Engine(
         default_root_dir=args.output / name.replace(" ", "_"), max_epochs=epochs, accelerator="cpu", devices=1,
         precision=args.precision if name in CONFIGS else "32", enable_progress_bar=False, logger=False,
@@ -117,7 +114,6 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True, help="data in MVTec AD's layout")
     parser.add_argument("--category", required=True)
     parser.add_argument("--weights", type=Path, required=True, help=f"weights of {BACKBONE} in timm's format")
-    parser.add_argument("--num_images", type=int, default=250)
     parser.add_argument("--precision", default="bf16-mixed", help="of our models")
     parser.add_argument("--models", nargs="+", choices=names, default=names)
     parser.add_argument("--output", type=Path, default=Path("results/time_to_model"))

@@ -23,7 +23,7 @@ from .backbone import BackboneNormalize, FrozenBackbone, create_backbone
 
 # the output of a vision transformer's linear projection, before positions are added
 PATCH_EMBEDDING = "patch_embed"
-# section 4.1: the linear projection and f_1:4
+# of SAAE (section 4.1.2): the linear projection and f_1:4
 DEFAULT_VIT_LAYERS = (PATCH_EMBEDDING, "blocks.0", "blocks.1", "blocks.2", "blocks.3")
 DEFAULT_CNN_STRIDE = 8
 
@@ -120,8 +120,8 @@ class VisionTransformerFeatures(nn.Module):
 class RegionalFeatures(nn.Module):
     """Layers of a pre-trained CNN as one feature map, each cell of which describes a region of the image.
 
-    Each layer's map is enlarged to the size of the image and averaged over the square regions (Shi et al., 2021, the
-    paper's reference 3).
+    Each layer's map is enlarged to the size of the image and averaged over the square regions (Shi et al., 2021, as
+    SAAE has them, section 4.3).
 
     Args:
         name (str): CNN of timm, with or without the tag of its weights.

@@ -62,7 +62,7 @@ class FalsePositiveRatePostProcessor(RegionPostProcessor):
     Args:
         pixel_fpr (float): Highest fraction of the pixels of normal images to be called anomalous, in [0, 1); at 0 the
             threshold is their highest score.
-            Defaults to ``0.005``, as in the paper.
+            Defaults to ``0.005``, the example of SAAE's section 3.3.
         image_fpr (float): Highest fraction of the normal images to be called anomalous, in [0, 1).
             Defaults to ``0.05``, one image of 20: a rate that a few dozen images resolve.
         split (Literal["train", "val"]): The split with the normal images, ``"train"`` or ``"val"``; anomalous images in

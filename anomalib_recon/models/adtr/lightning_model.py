@@ -7,7 +7,7 @@ Example:
     >>> from anomalib.engine import Engine
     >>> from anomalib_recon.models import ADTR
     >>> engine = Engine(max_epochs=500)  # doctest: +SKIP
-    >>> engine.train(model=ADTR(), datamodule=MVTecAD(category="screw"))  # doctest: +SKIP
+    >>> engine.train(model=ADTR(), datamodule=MVTecAD(category="screw", train_batch_size=16))  # doctest: +SKIP
 
 Paper:
     ADTR: Anomaly Detection Transformer with Feature Reconstruction, https://arxiv.org/abs/2209.01816
@@ -114,7 +114,7 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
             Defaults to ``1e-4``.
         weight_decay (float): Weight decay of AdamW.
             Defaults to ``1e-4``.
-        lr_drop_epoch (int): Epoch after which the learning rate is a tenth.
+        lr_drop_epoch (int): Epoch after which the learning rate is a tenth; 200 for ADTR+ (section 4.2).
             Defaults to ``400``.
         use_one_cycle (bool): Let the learning rate rise from a 25th and fall to nearly 0 within the training, instead.
             Defaults to ``False``.

@@ -184,7 +184,7 @@ class InTraModel(Tiling, nn.Module):
         num_heads (int): Number of attention heads h.
         attention (Literal["mfsa", "msa"]): Feature self-attention (eq. 10) or regular self-attention (eq. 6).
         long_residuals (bool): Add the output of block i to the input of block n - 1 - i, for i < (n - 1) // 2 (counted
-            from 0), as in a U-Net.
+            from 0), as in a U-Net (section 4.3.1, figure 3).
         position (Literal["global", "local"]): Number the patches within the image (eq. 2) or the window (eq. 1).
         readout (Literal["mean", "token"]): Paint from the mean of the output sequence, or from the output at the
             covered patch.
@@ -397,7 +397,7 @@ class InTraModel(Tiling, nn.Module):
 
     @torch.no_grad()
     def attention_rollout(self, image: Tensor, row: int, col: int) -> Tensor:
-        """Where the network looks to paint a patch: attention rolled out over all blocks (section 3.3).
+        """Where the network looks to paint a patch: attention rolled out over all blocks (section 3.3 mentions it).
 
         Attention Rollout, https://arxiv.org/abs/2005.00928: tokens are followed from block to block, half of them
         by the residual connections. A long residual counts as much as what it is added to.

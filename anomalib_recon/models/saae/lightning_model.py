@@ -210,7 +210,7 @@ class SAAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
             distance.fit(self.residuals())
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Adam, as in section 4.1, with a constant learning rate or one cycle.
+        """Adam, as in section 4.1.2, with a constant learning rate or one cycle.
 
         Raises:
             ValueError: If there is no autoencoder, as nobody has looked for its latent width.

@@ -125,3 +125,11 @@ def test_small_defects(shell: Shell) -> None:
     assert image_auroc["tiles"] > 0.9
     assert image_auroc["tiles"] > image_auroc["made smaller"]
     assert has_picture(outputs)
+
+
+def test_solar_cells(shell: Shell) -> None:
+    pytest.importorskip("elpv_dataset", reason="needs pip install elpv-dataset, 90 MB")
+    names, outputs = execute(shell, "08_solar_cells", MINUTES=0.2, NUM_TRAIN=16, MODELS=["InTra"])
+    assert len(names["datamodule"].train_data) == 16
+    assert 0 <= names["metrics"]["InTra"]["image_AUROC"] <= 1
+    assert has_picture(outputs)

@@ -106,9 +106,9 @@ def in_torch(module: nn.Module, images: np.ndarray) -> Callable[[], object]:
 
 def in_openvino(model: openvino.Model, precision: str, images: np.ndarray) -> Callable[[], object]:
     settings = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
-    fixed = model.clone()
-    fixed.reshape([len(images), 3, *SIZE])
-    compiled = openvino.Core().compile_model(fixed, "CPU", settings)
+    model = model.clone()
+    model.reshape([len(images), 3, *SIZE])
+    compiled = openvino.Core().compile_model(model, "CPU", settings)
     return lambda: compiled(images)
 
 
@@ -124,7 +124,8 @@ def measure(name: str, backbone: nn.Module, backbone_graph: openvino.Model, args
     figures["operations"] = len(graph.get_ops())
     figures["MB"] = path.with_suffix(".bin").stat().st_size / 1e6
     figures["load, s"] = seconds(lambda: openvino.Core().compile_model(path, "CPU"))
-    for size in args.batch_sizes:
+    fixed = graph.input(0).partial_shape[0]  # anomalib's PatchCore takes so many images at a time, and no others
+    for size in [fixed.get_length()] if fixed.is_static else args.batch_sizes:
         images = np.random.default_rng(0).random((size, 3, *SIZE), dtype=np.float32)
         cases = {"torch fp32": (in_torch(model.model, images), in_torch(backbone, images))}
         for kind, precision in PRECISIONS.items():

@@ -4,6 +4,8 @@ import ctypes
 import gc
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,24 @@ from PIL import Image
 
 from anomalib_recon.data import DemoAD, drawing
 from tests.tiny_models import TINY, Trained, build, engine_in, train
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run tests marked ``alone`` in a process of their own, if this is a worker of a parallel run.
+
+    They start processes that load images. Forked from a worker with all that tests before have left, they have ended
+    it, without a word.
+    """
+    if pyfuncitem.get_closest_marker("alone") is None or "PYTEST_XDIST_WORKER" not in os.environ:
+        return None
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+    result = subprocess.run(
+        command, cwd=pyfuncitem.config.rootpath, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout
+    return True
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -317,7 +317,7 @@ def test_pictures_show_the_image_between_the_levels(root: Path, run: Run) -> Non
         [file] = (root / path.parent.name).glob(f"{path.stem}.*")
         grey = Image.fromarray((255 * scaled(np.asarray(Image.open(file)))).astype(np.uint8)).convert("RGB")
         with Image.open(path) as picture:
-            assert picture.size == (5 * 256, 256)
+            assert picture.size == (6 * 256, 256)
             shown = np.asarray(picture.convert("RGB").crop((0, 64, 256, 256))).astype(int)
         np.testing.assert_allclose(shown, np.asarray(grey.resize((256, 256)))[64:], atol=2)
         assert np.ptp(shown) > 100
@@ -327,7 +327,7 @@ def test_items_of_predictions_are_drawn_one_by_one_and_together(root: Path, mode
     batches = engine_in(tmp_path).predict(model, datamodule=data(root, eval_batch_size=3))
     assert len(batches[0]) == 3
     together = ReconstructionVisualizer()(batches[0])
-    assert [picture.size for picture in together] == [(1280, 256)] * 3
+    assert [picture.size for picture in together] == [(6 * 256, 256)] * 3
     assert all(np.ptp(np.asarray(picture)[64:, :256].astype(int)) > 100 for picture in together)
     [alone] = [ReconstructionVisualizer(fields=["image"])(item) for item in list(batches[0])[:1]]
     np.testing.assert_array_equal(np.asarray(alone)[64:, :256], np.asarray(together[0])[64:, :256])

@@ -25,7 +25,7 @@ def test_quickstart_trains_shows_exports_and_runs(
     pictures = sorted((results / "images").rglob("*.png"))
     assert len(pictures) == 40
     # image, ground truth, reconstruction, anomaly map and predicted mask side by side
-    assert {Image.open(path).size for path in pictures} == {(5 * 256, 256)}
+    assert {Image.open(path).size for path in pictures} == {(6 * 256, 256)}
     assert (results / "weights" / "openvino" / "model.xml").exists()
     assert len(list((results / "openvino_images").glob("*.png"))) == 6
     assert Image.open(results / "training_images.png").size[0] > 256

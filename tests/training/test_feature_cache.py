@@ -137,6 +137,7 @@ def test_weights_are_those_of_features_in_half_precision(
     assert_same(weights, same)
 
 
+@pytest.mark.alone
 def test_random_numbers_are_those_of_loading_in_worker_processes(stripes: Path, tmp_path: Path) -> None:
     weights, _ = train(build_without_cache(ADTR), data(stripes, num_workers=2), tmp_path)
     assert_same(weights, train(build(ADTR), data(stripes, num_workers=2), tmp_path)[0])
@@ -274,6 +275,7 @@ class Look(Callback):
         self.seen.append((datamodule.train_data, datamodule.num_workers, datamodule.external_collate_fn))
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("end", ["all epochs", "an exception", "no epoch"])
 def test_the_datamodule_stays_as_it_was(stripes: Path, tmp_path: Path, end: str) -> None:
     datamodule, look = data(stripes, num_workers=2), Look()
@@ -293,6 +295,7 @@ def test_the_datamodule_stays_as_it_was(stripes: Path, tmp_path: Path, end: str)
     assert next(iter(datamodule.train_dataloader())).image.shape == (5, 3, 32, 32)
 
 
+@pytest.mark.alone
 def test_a_validation_amid_training_has_the_worker_processes_of_the_datamodule(stripes: Path, tmp_path: Path) -> None:
     seen = []
 

@@ -25,24 +25,17 @@ import numpy as np
 import openvino
 import pandas as pd
 import torch
-import yaml
 from anomalib.deploy import ExportType
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule, Patchcore
 from torch import Tensor, nn
 
-from anomalib_recon import models
-from anomalib_recon.config_files import config_path
 from anomalib_recon.files import write_whole
 from anomalib_recon.layers import FrozenBackbone
 
-BACKBONE, LAYERS, SIZE = "tf_efficientnet_b4", ["blocks.1", "blocks.2", "blocks.4"], (256, 256)
-CONFIGS = {
-    "FeatureInpainting": "model/feature_inpainting.yaml",
-    "ADTR": "recommended/adtr.yaml",
-    "SAAE": "recommended/saae.yaml",
-    "PatchAE": "recommended/patch_ae.yaml",
-}
+from .time_to_model import BACKBONE, CONFIGS, LAYERS, build_own
+
+SIZE = (256, 256)
 NUM_IMAGES, CELLS = 250, 1024
 BANKS = {"PatchCore, 1 %": 0.01, "PatchCore, 10 %": 0.1}
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
@@ -68,17 +61,14 @@ def build(name: str) -> AnomalibModule:
         channels = sum(model.model.feature_extractor.out_dims)
         model.model.memory_bank = torch.rand(int(BANKS[name] * NUM_IMAGES * CELLS), channels)
         return model.eval()
-    config = yaml.safe_load(config_path(CONFIGS[name]).read_text(encoding="utf-8"))["model"]
-    model_class = getattr(models, config["class_path"].split(".")[-1])
-    model = model_class(**config["init_args"] | {"pre_trained": False}, visualizer=False).eval()
+    model = build_own(name, pre_trained=False)[0].eval()
     with torch.no_grad():
         if name == "FeatureInpainting":
             model.model.fit([model.model.backbone(torch.rand(4, 3, *SIZE))])
         elif name == "PatchAE":
             codes = model.model.embed(torch.rand(1, 3, *SIZE))
-            model.model.bank.fill(
-                torch.rand(int(config["init_args"]["coreset_ratio"] * NUM_IMAGES * CELLS), codes.shape[1])
-            )
+            num_vectors = int(model.hparams["coreset_ratio"] * NUM_IMAGES * CELLS)
+            model.model.bank.fill(torch.rand(num_vectors, codes.shape[1]))
     return model
 
 

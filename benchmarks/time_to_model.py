@@ -5,9 +5,8 @@
 ``python -m benchmarks.time_to_model --root DATA --category screw --weights tf_efficientnet_b4.safetensors``
 
 Each model trains in a process of its own, by its recommended config; the built-in ones take the same backbone and image
-size. ``start`` is the time until the fit begins, ``fit`` that of the fit
-with the thresholds; the test that follows is not in it. Prints a table and writes it as JSON. What is in the file is
-not measured again.
+size. ``start`` is the time until the fit begins, ``fit`` that of the fit with the thresholds; the test that follows is
+not in it. Prints a table and writes it as JSON. What is in the file is not measured again.
 """
 
 import argparse
@@ -23,8 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
+from anomalib.data import MVTecAD
+from anomalib.engine import Engine
+from anomalib.models import Padim, Patchcore
+from lightning import seed_everything
 
+from anomalib_recon import models
+from anomalib_recon.config_files import config_path
 from anomalib_recon.files import write_whole
+from anomalib_recon.layers import create_backbone
+from anomalib_recon.metrics import RawScoreEvaluator
 
 SEED = 0
 CONFIGS = {
@@ -34,32 +42,21 @@ CONFIGS = {
     "PatchAE": "recommended/patch_ae.yaml",
 }
 BACKBONE, LAYERS = "tf_efficientnet_b4", ["blocks.1", "blocks.2", "blocks.4"]
-BUILT_IN: dict[str, tuple[str, dict[str, Any]]] = {
-    "PaDiM": ("Padim", {"layers": LAYERS, "n_features": 100}),
-    "PatchCore, 1 %": ("Patchcore", {"layers": LAYERS[1:], "coreset_sampling_ratio": 0.01}),
+BUILT_IN: dict[str, tuple[Any, dict[str, Any]]] = {
+    "PaDiM": (Padim, {"layers": LAYERS, "n_features": 100}),
+    "PatchCore, 1 %": (Patchcore, {"layers": LAYERS[1:], "coreset_sampling_ratio": 0.01}),
 }
 
 
-def build_own(name: str, weights: Path) -> tuple[Any, int]:
-    import yaml  # noqa: PLC0415  # the process that only waits for others imports nothing
-
-    from anomalib_recon import models  # noqa: PLC0415
-    from anomalib_recon.config_files import config_path  # noqa: PLC0415
-
+def build_own(name: str, **arguments: Any) -> tuple[Any, int]:
+    """Build a model by its recommended config, and read for how many epochs it trains."""
     config = yaml.safe_load(config_path(CONFIGS[name]).read_text(encoding="utf-8"))
     model_class = getattr(models, config["model"]["class_path"].split(".")[-1])
-    arguments = config["model"]["init_args"] | {"backbone_weights": weights}
-    return model_class(**arguments, visualizer=False), config.get("trainer", {}).get("max_epochs", 1)
+    return model_class(**config["model"]["init_args"] | arguments, visualizer=False), config["trainer"]["max_epochs"]
 
 
-def build_built_in(name: str, weights: Path) -> tuple[Any, int]:
-    from anomalib import models  # noqa: PLC0415
-
-    from anomalib_recon.layers import create_backbone  # noqa: PLC0415
-    from anomalib_recon.metrics import RawScoreEvaluator  # noqa: PLC0415
-
-    class_name, arguments = BUILT_IN[name]
-    model_class = getattr(models, class_name)
+def build_built_in(name: str, weights: Path) -> Any:
+    model_class, arguments = BUILT_IN[name]
     model = model_class(
         BACKBONE, **arguments, pre_trained=False, pre_processor=model_class.configure_pre_processor((256, 256)),
         evaluator=RawScoreEvaluator(), visualizer=False,
@@ -67,19 +64,18 @@ def build_built_in(name: str, weights: Path) -> tuple[Any, int]:
     source = create_backbone(BACKBONE, pre_trained=False, weights=weights, features_only=True).state_dict()
     network = model.model.feature_extractor.feature_extractor
     network.load_state_dict({key: source[key] for key in network.state_dict()})
-    return model, 1
+    return model
 
 
 def train_and_test(name: str, args: argparse.Namespace) -> dict[str, float]:
     """Train a model in this process; the times are stamps of the clock."""
     warnings.filterwarnings("ignore")
-    from anomalib.data import MVTecAD  # noqa: PLC0415
-    from anomalib.engine import Engine  # noqa: PLC0415
-    from lightning import seed_everything  # noqa: PLC0415
-
     logging.disable(logging.INFO)
     seed_everything(SEED)
-    model, epochs = (build_own if name in CONFIGS else build_built_in)(name, args.weights)
+    if name in CONFIGS:
+        model, epochs = build_own(name, backbone_weights=args.weights)
+    else:
+        model, epochs = build_built_in(name, args.weights), 1
     datamodule = MVTecAD(root=args.root, category=args.category, train_batch_size=16, eval_batch_size=16, num_workers=0)
     engine = Engine(
         default_root_dir=args.output / name.replace(" ", "_"), max_epochs=epochs, accelerator="cpu", devices=1,

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-import ctypes
-import gc
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 # the workers of a parallel run, and what they start, share the cores
@@ -38,15 +35,6 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     )
     assert result.returncode == 0, result.stdout
     return True
-
-
-@pytest.fixture(scope="module", autouse=True)
-def give_memory_back() -> Iterator[None]:
-    """Return freed memory to the system after each file: what the tests of one need would stay with its worker."""
-    yield
-    gc.collect()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None:
-        trim(0)
 
 
 def draw_stripes(random: np.random.Generator, size: tuple[int, int], hole: bool) -> tuple[np.ndarray, np.ndarray]:

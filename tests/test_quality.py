@@ -59,9 +59,8 @@ def test_a_short_training_is_ahead_of_the_constant_and_of_pca(
     model: type, name: str, datamodule: DemoAD, tmp_path: Path
 ) -> None:
     seed_everything(0)
-    arguments = yaml.safe_load(config_path(f"recommended/{name}.yaml").read_text(encoding="utf-8"))["model"][
-        "init_args"
-    ]
+    config = config_path(f"recommended/{name}.yaml").read_text(encoding="utf-8")
+    arguments = yaml.safe_load(config)["model"]["init_args"]
     trained = model(**{**arguments, **SMALL, **SIZES[name]})
     engine = engine_in(tmp_path, max_epochs=4)
     engine.fit(trained, datamodule=datamodule)

@@ -56,6 +56,22 @@ def check_fraction(**arguments: float) -> None:
             raise ValueError(msg)
 
 
+def check_dropout(**arguments: float) -> None:
+    """Refuse what is not a number in [0, 1).
+
+    Args:
+        **arguments (float): Values by the names of the arguments.
+
+    Raises:
+        ValueError: If a value is not a number, or out of its range.
+    """
+    check_finite(**arguments)
+    for name, value in arguments.items():
+        if not 0 <= value < 1:
+            msg = f"{name} must be at least 0 and below 1, got {value}."
+            raise ValueError(msg)
+
+
 def check_positive(**arguments: float) -> None:
     """Refuse what is not a finite number above 0.
 

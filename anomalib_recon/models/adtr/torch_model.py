@@ -31,7 +31,7 @@ from anomalib_recon.layers import (
     ResidualDistance,
     ScaleBy,
     Tiling,
-    check_finite,
+    check_dropout,
     check_whole,
     divide_feature_map,
     stage_strides,
@@ -460,12 +460,9 @@ def _check_arguments(
     attention: str,
     pool_size: int,
 ) -> None:
-    check_finite(dropout=dropout)
+    check_dropout(dropout=dropout)
     if embed_dim % num_heads:
         msg = f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}."
-        raise ValueError(msg)
-    if not 0 <= dropout < 1:
-        msg = f"dropout must be at least 0 and below 1, got {dropout}."
         raise ValueError(msg)
     if query not in {"learned", "encoder"}:
         msg = f"query must be 'learned' or 'encoder', got {query!r}."

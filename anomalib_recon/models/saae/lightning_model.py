@@ -19,7 +19,7 @@ See Also:
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from anomalib.data import Batch
@@ -128,7 +128,7 @@ class SAAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
     network = SAAEModel
     default_image_size = DEFAULT_IMAGE_SIZE
     free_arguments = ("latent_dim", "top_fraction")
-    added_arguments = {"normalize": True, "backbone_dropout": 0.0, "align_corners": False}  # noqa: RUF012
+    added_arguments: ClassVar[dict[str, Any]] = {"normalize": True, "backbone_dropout": 0.0, "align_corners": False}
 
     def __init__(
         self,

@@ -30,7 +30,7 @@ from anomalib_recon.layers import (
     ScaleBy,
     Tiling,
     TopMean,
-    check_finite,
+    check_dropout,
     check_image_size,
     check_whole,
     create_dense_features,
@@ -131,10 +131,7 @@ class SAAEModel(Tiling, nn.Module):
         if transformer not in {True, False, "author"}:
             msg = f"transformer must be True, False or 'author', got {transformer!r}."
             raise ValueError(msg)
-        check_finite(backbone_dropout=backbone_dropout)
-        if not 0 <= backbone_dropout < 1:
-            msg = f"backbone_dropout must be at least 0 and below 1, got {backbone_dropout}."
-            raise ValueError(msg)
+        check_dropout(backbone_dropout=backbone_dropout)
         self.image_size = image_size
         self.backbone = create_dense_features(
             backbone, layers, image_size, feature_stride, pre_trained, backbone_weights, normalize, backbone_dropout

@@ -3,6 +3,7 @@
 """Plain torch that several models share: backbones, their dense features, resize and checks of arguments."""
 
 from .arguments import check_dropout, check_finite, check_fraction, check_image_size, check_positive, check_whole
+from .attention import attend, multihead_attention
 from .backbone import BackboneNormalize, FrozenBackbone, create_backbone, stage_strides
 from .covariance import FeatureCovariance
 from .dense_features import create_dense_features, divide_feature_map, vision_transformer_blocks
@@ -25,6 +26,7 @@ __all__ = [
     "Tiling",
     "TopMean",
     "Whitening",
+    "attend",
     "check_dropout",
     "check_finite",
     "check_fraction",
@@ -34,6 +36,7 @@ __all__ = [
     "create_backbone",
     "create_dense_features",
     "divide_feature_map",
+    "multihead_attention",
     "stage_strides",
     "tiler_arguments",
     "top_mean",

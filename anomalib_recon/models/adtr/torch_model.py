@@ -22,7 +22,6 @@ from typing import Literal, cast
 import torch
 from anomalib.data import InferenceBatch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from anomalib_recon.layers import (
     AntialiasResize,
@@ -34,6 +33,7 @@ from anomalib_recon.layers import (
     check_dropout,
     check_whole,
     divide_feature_map,
+    multihead_attention,
     stage_strides,
 )
 
@@ -87,13 +87,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         Returns:
             Tensor: Tokens of shape ``(B, T, D)``.
         """
-        # PyTorch's forward puts the tokens before the batch, which takes copies of all three and of the result
-        parts = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
-        query, key, value = (
-            functional.linear(*part).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts
-        )
-        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)  # (B, heads, T, D / heads)
-        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+        return multihead_attention(self, query, key, value, bias)
 
 
 def _attention(kind: str, embed_dim: int, num_heads: int) -> nn.Module:

@@ -20,7 +20,8 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from anomalib_recon.layers import attend
 
 HEAD_DIM = 64
 
@@ -47,7 +48,7 @@ class Attention(nn.Module):
             layer(inputs).unflatten(2, (self.num_heads, HEAD_DIM)).transpose(1, 2)
             for layer, inputs in ((self.query, tokens), (self.key, memory), (self.value, memory))
         )
-        attended = functional.scaled_dot_product_attention(query, key, value)  # (B, heads, N, 64)
+        attended = attend(query, key, value)  # (B, heads, N, 64)
         return self.projection(attended.transpose(1, 2).flatten(2))
 
 

@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from anomalib_recon.layers import multihead_attention
+
 from .author import AuthorTransformer
 
 
@@ -24,13 +26,22 @@ def _unit(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, kernel_size=1), nn.BatchNorm2d(out_channels), nn.ReLU())
 
 
+class EncoderLayer(nn.TransformerEncoderLayer):
+    """torch's encoder layer without dropout."""
+
+    def forward(self, tokens: Tensor) -> Tensor:  # type: ignore[override]
+        """Encode tokens of shape ``(B, N, E)``."""
+        tokens = self.norm1(tokens + multihead_attention(self.self_attn, tokens, tokens, tokens))
+        return self.norm2(tokens + self.linear2(self.activation(self.linear1(tokens))))
+
+
 class DecoderLayer(nn.TransformerDecoderLayer):
     """torch's decoder layer without dropout, which takes one query for all images and attends to it once."""
 
     def forward(self, query: Tensor, encoded: Tensor) -> Tensor:  # type: ignore[override]
         """Decode a query of shape ``(1, N, E)`` or ``(B, N, E)`` with the encoder's ``(B, N, E)``, to ``(B, N, E)``."""
-        query = self.norm1(query + self.self_attn(query, query, query, need_weights=False)[0]).expand_as(encoded)
-        query = self.norm2(query + self.multihead_attn(query, encoded, encoded, need_weights=False)[0])
+        query = self.norm1(query + multihead_attention(self.self_attn, query, query, query)).expand_as(encoded)
+        query = self.norm2(query + multihead_attention(self.multihead_attn, query, encoded, encoded))
         return self.norm3(query + self.linear2(self.activation(self.linear1(query))))
 
 
@@ -64,7 +75,7 @@ class LatentTransformer(nn.Module):
             "dropout": 0.0,
             "batch_first": True,
         }
-        self.encoder = nn.ModuleList(nn.TransformerEncoderLayer(**layer) for _ in range(depth))
+        self.encoder = nn.ModuleList(EncoderLayer(**layer) for _ in range(depth))
         self.decoder = nn.ModuleList(DecoderLayer(**layer) for _ in range(depth))
         self.projection = nn.ConvTranspose2d(embed_dim, latent_dim, kernel_size=patch_size, stride=patch_size)
         for embedding in (self.position_embedding, self.query):

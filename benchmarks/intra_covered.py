@@ -44,7 +44,7 @@ def measure(checkpoint: Path, count: int, own: bool, datamodule: MVTecAD) -> dic
     figures = {
         "covered_per_window": count,
         "own": own,
-        "windows": len(model.model.tokens),
+        "windows": len(model.model.places),
         "seconds": seconds,
         **metrics,
     }

@@ -85,13 +85,13 @@ def peak_memory() -> int:
 def measure_plain(intra: InTra, image: Tensor, turns: int, patches_timed: int) -> dict[str, float]:
     model = intra.model
     matrix = torch.rand(MATRIX_SIZE, MATRIX_SIZE)
-    num_windows = len(model.tokens)
+    num_windows = len(model.places)
     patches = model.embed(image)
     usual = with_usual_layers(model)
     before = peak_memory()
     model.reconstruct(patches)
     after = peak_memory()
-    windows = zip(patches[0, model.tokens], model.tokens, model.covered, strict=True)
+    windows = zip(patches[0, model.places], model.places, model.covered, strict=True)
     single = [tuple(part[None] for part in window) for window in windows][:patches_timed]
     with FlopCounterMode(display=False) as counter:
         usual.inpaint(*single[0])
@@ -123,7 +123,7 @@ def measure_covered(image: Tensor, turns: int) -> dict[str, dict[str, float]]:
     functions = {name: lambda model=model: model(image) for name, model in models.items()}
     times = time_in_turns(functions, turns)
     return {
-        name: {"windows": len(model.tokens), "times_as_fast": ratio(times["1"], times[name])}
+        name: {"windows": len(model.places), "times_as_fast": ratio(times["1"], times[name])}
         for name, model in models.items()
     }
 

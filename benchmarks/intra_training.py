@@ -68,8 +68,8 @@ class OneWindowOfEachFile(Dataset):
         """Patches ``(L * L, K * K * 3)``, their numbers ``(L * L,)``, and which is covered ``(1,)``."""
         image = self.resize(read_image(self.paths[index], as_tensor=True))
         generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
-        tokens, covered = self.model.draw_windows(1, generator)
-        return self.model.embed(image[None])[0, tokens[0]], tokens[0], covered[0]
+        places, covered = self.model.draw_windows(1, generator)
+        return self.model.embed(image[None])[0, places[0]], places[0], covered[0]
 
 
 class UsualLoop:
@@ -92,9 +92,9 @@ class UsualLoop:
         (self.batch,) = self.loader
 
     def step(self) -> None:
-        patches, tokens, covered = self.batch
+        patches, places, covered = self.batch
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            inpainted = self.model.inpaint(patches, tokens, covered)
+            inpainted = self.model.inpaint(patches, places, covered)
         original = patches[torch.arange(len(patches)), covered[:, 0]]
         loss = self.loss(self.model.pixels(original), self.model.pixels(inpainted))
         self.optimizer.zero_grad()
@@ -136,10 +136,10 @@ class Turns(Callback):
 def flops_per_step(depth: int) -> int:
     """Of the matrix products of a step; backward they are twice those of the forward pass."""
     model = InTraModel(depth=depth).to("meta")
-    tokens, covered = model.tokens[:WINDOWS_PER_STEP], model.covered[:WINDOWS_PER_STEP]
+    places, covered = model.places[:WINDOWS_PER_STEP], model.covered[:WINDOWS_PER_STEP]
     patches = model.embed(torch.empty(1, 3, *model.image_size, device="meta"))
     with FlopCounterMode(display=False) as counter:
-        model.inpaint(patches[0, tokens], tokens, covered)
+        model.inpaint(patches[0, places], places, covered)
     return 3 * counter.get_total_flops()
 
 

@@ -84,3 +84,12 @@ def test_the_commands_in_configs_name_what_there_is() -> None:
             assert find_spec(module), (path, module)
         for config in re.findall(r"--config (?:configs/)?(\S+\.yaml)", text):
             assert config_path(config).exists(), (path, config)
+
+
+def test_the_comparison_takes_the_recommended_arguments() -> None:
+    models = read("compare/folder.yaml")["models"]
+    for name in ("ADTR", "InTra", "PatchAE", "SAAE"):
+        recommended = read(f"recommended/{dict(PatchAE='patch_ae').get(name, name.lower())}.yaml")
+        assert models[name]["model"]["init_args"] == recommended["model"]["init_args"], name
+        trainer = {"precision": "bf16-mixed", **recommended["trainer"]}
+        assert models[name]["trainer"] == trainer, name

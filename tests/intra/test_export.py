@@ -74,7 +74,7 @@ def test_a_model_trained_on_single_patches_is_exported_to_cover_four(
     engine.fit(exact, datamodule=datamodule)
     checkpoint = engine.trainer.checkpoint_callback.best_model_path
     model = InTra.load_from_checkpoint(checkpoint, covered_per_window=4).eval()
-    assert len(model.model.tokens) == 16  # 2 x 2 tiles of 4 x 4 patches, at 2 x 2 offsets, for 64 patches
+    assert len(model.model.places) == 16  # 2 x 2 tiles of 4 x 4 patches, at 2 x 2 offsets, for 64 patches
     path = export(model, tmp_path, ExportType.OPENVINO)
     for size in (OWN_SIZE, (48, 40)):
         images = images_of(stripes, size)
@@ -105,7 +105,7 @@ def test_graph_is_as_small_for_large_images_and_many_chunks(tmp_path: Path) -> N
         model = InTra(image_size, 8, 3, embed_dim=16, depth=2, num_heads=2, windows_per_chunk=windows_per_chunk)
         path = model.to_onnx(tmp_path / f"{image_size}_{windows_per_chunk}")
         counts.append(count_nodes(onnx.load(path).graph))
-        chunks.append(-(-len(model.model.tokens) // windows_per_chunk))
+        chunks.append(-(-len(model.model.places) // windows_per_chunk))
     assert chunks == [6, 4]
     assert counts[0] == counts[1]
 

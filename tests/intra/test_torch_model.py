@@ -46,8 +46,8 @@ def test_windows_are_placed_by_the_equations(rows: int, cols: int, side: int) ->
     for (t, u), (r, s) in windows_by_the_paper(rows, cols, side).items():
         index = (t - 1) * cols + (u - 1)
         expected = [(r - 1 + i) * cols + (s - 1 + j) for i in range(side) for j in range(side)]
-        assert model.tokens[index].tolist() == expected
-        assert model.tokens[index, model.covered[index]] == index
+        assert model.places[index].tolist() == expected
+        assert model.places[index, model.covered[index]] == index
 
 
 @pytest.mark.parametrize("attention", ["mfsa", "msa"])
@@ -58,7 +58,7 @@ def test_a_patch_is_painted_from_the_rest_of_its_window_alone(attention: str, po
     patches = torch.rand(1, 30, 192)
     reconstruction = model.reconstruct(patches)
     for covered in range(0, 30, 7):
-        window = set(model.tokens[covered].tolist())
+        window = set(model.places[covered].tolist())
         for changed in range(30):
             others = patches.clone()
             others[:, changed] = torch.rand(192)
@@ -149,7 +149,7 @@ def test_long_residuals_join_early_blocks_to_late_ones(depth: int, joined: dict[
     for block in model.blocks:
         block.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
         block.register_forward_hook(lambda _, args, output: outputs.append(output))
-    model.inpaint(torch.rand(2, 9, 192), model.tokens[:2], model.covered[:2])
+    model.inpaint(torch.rand(2, 9, 192), model.places[:2], model.covered[:2])
     for late in range(1, depth):
         added = outputs[joined[late]] if late in joined else 0
         torch.testing.assert_close(inputs[late], outputs[late - 1] + added)
@@ -161,15 +161,15 @@ def test_last_block_computes_the_covered_tokens_as_it_would_all(count: int) -> N
     model = small_model(window_size=5, readout="token", covered_per_window=count)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    block, (tokens, covered) = model.blocks[-1], (model.tokens, model.covered)
+    block, (places, covered) = model.blocks[-1], (model.places, model.covered)
     calls = []
     hook = block.register_forward_hook(lambda _, args, output: calls.append((*args, output)))
-    painted = model.inpaint(torch.rand(30, 192)[tokens], tokens, covered)
+    painted = model.inpaint(torch.rand(30, 192)[places], places, covered)
     hook.remove()
     [(sequence, mask, output)] = calls
-    assert output.shape == (len(tokens), count, 16)
+    assert output.shape == (len(places), count, 16)
     whole = block(sequence, mask)
-    assert whole.shape == (len(tokens), 25, 16)
+    assert whole.shape == (len(places), 25, 16)
     torch.testing.assert_close(output, whole.gather(1, covered[:, :, None].expand_as(output)))
     expected = torch.sigmoid(model.head(whole)).gather(1, covered[:, :, None].expand_as(painted))
     torch.testing.assert_close(painted, expected)
@@ -182,9 +182,9 @@ def test_reconstruction_is_that_of_each_window_alone(count: int, chunk: int) -> 
     model = small_model(window_size=5, readout="token", covered_per_window=count, windows_per_chunk=chunk)
     patches = torch.rand(2, 30, 192)
     reconstruction = model.reconstruct(patches)
-    for tokens, covered in zip(model.tokens, model.covered, strict=True):
-        inpainted = model.inpaint(patches[:, tokens], tokens.expand(2, -1), covered.expand(2, -1))
-        torch.testing.assert_close(inpainted, reconstruction[:, tokens[covered]], atol=1e-6, rtol=1e-5)
+    for places, covered in zip(model.places, model.covered, strict=True):
+        inpainted = model.inpaint(patches[:, places], places.expand(2, -1), covered.expand(2, -1))
+        torch.testing.assert_close(inpainted, reconstruction[:, places[covered]], atol=1e-6, rtol=1e-5)
 
 
 GRIDS = [(16, 16, 7), (8, 8, 7), (7, 7, 7), (9, 11, 7), (13, 6, 6), (5, 8, 5), (7, 6, 4)]
@@ -192,7 +192,7 @@ GRIDS = [(16, 16, 7), (8, 8, 7), (7, 7, 7), (9, 11, 7), (13, 6, 6), (5, 8, 5), (
 
 def covered_together(model: InTraModel) -> list[set[int]]:
     """Patches of the grid that each window covers."""
-    return [set(tokens[covered].tolist()) for tokens, covered in zip(model.tokens, model.covered, strict=True)]
+    return [set(places[covered].tolist()) for places, covered in zip(model.places, model.covered, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -205,16 +205,16 @@ def test_every_patch_is_covered_once_and_apart(rows: int, cols: int, side: int, 
     assert sorted(patch for group in groups for patch in group) == list(range(rows * cols))
     assert max(map(len, groups)) <= count
     apart = side // math.isqrt(count)
-    for group, tokens in zip(groups, model.tokens.tolist(), strict=True):
-        assert tokens == [tokens[0] + i * cols + j for i in range(side) for j in range(side)]
-        assert tokens[0] % cols + side <= cols
+    for group, places in zip(groups, model.places.tolist(), strict=True):
+        assert places == [places[0] + i * cols + j for i in range(side) for j in range(side)]
+        assert places[0] % cols + side <= cols
         for one, other in itertools.combinations(group, 2):
             assert max(abs(one // cols - other // cols), abs(one % cols - other % cols)) >= apart
 
 
 def test_covering_more_takes_fewer_windows() -> None:
     sizes = {"image_size": (128, 128), "window_size": 7, "readout": "token"}
-    assert [len(small_model(**sizes, covered_per_window=count).tokens) for count in (1, 4, 9)] == [256, 81, 36]
+    assert [len(small_model(**sizes, covered_per_window=count).places) for count in (1, 4, 9)] == [256, 81, 36]
 
 
 @pytest.mark.parametrize(("count", "image_size"), [(4, (48, 40)), (4, (56, 72)), (9, (56, 72))])
@@ -229,8 +229,8 @@ def test_covered_patches_are_painted_as_by_one_forward_for_each_window(
         torch.nn.init.normal_(parameter, std=0.3)
     images, cols = torch.rand(2, 3, *image_size), model.grid_size[1]
     reconstruction = model.reconstruct(model.embed(images))
-    for tokens, group in zip(model.tokens, covered_together(model), strict=True):
-        corner = divmod(int(tokens[0]), cols)
+    for window, group in zip(model.places, covered_together(model), strict=True):
+        corner = divmod(int(window[0]), cols)
         places = [(patch // cols + 1, patch % cols + 1) for patch in sorted(group)]
         for image, result in zip(images, reconstruction, strict=True):
             expected = paint_by_the_paper(model, image, (corner[0] + 1, corner[1] + 1), places, residuals=True)
@@ -246,7 +246,7 @@ def test_a_painted_patch_does_not_see_those_covered_with_it() -> None:
         others = patches.clone()
         others[:, changed] = torch.rand(192)
         painted = model.reconstruct(others)
-        for group, window in zip(covered_together(model), model.tokens.tolist(), strict=True):
+        for group, window in zip(covered_together(model), model.places.tolist(), strict=True):
             for patch in group:
                 same = torch.equal(painted[:, patch], reconstruction[:, patch])
                 assert same == (changed in group or changed not in window)
@@ -295,22 +295,22 @@ def test_patches_are_row_major_and_reversible() -> None:
 
 def test_windows_are_drawn_everywhere_and_repeatably() -> None:
     model = small_model()
-    tokens, covered = model.draw_windows(4000, torch.Generator().manual_seed(0))
-    assert tokens.shape == (4000, 9)
+    places, covered = model.draw_windows(4000, torch.Generator().manual_seed(0))
+    assert places.shape == (4000, 9)
     assert covered.shape == (4000, 1)
     assert set(covered.flatten().tolist()) == set(range(9))
-    assert set(tokens[:, 0].tolist()) == {row * 5 + col for row in range(4) for col in range(3)}
-    assert bool((tokens.diff(dim=1) > 0).all())
+    assert set(places[:, 0].tolist()) == {row * 5 + col for row in range(4) for col in range(3)}
+    assert bool((places.diff(dim=1) > 0).all())
     again, _ = model.draw_windows(4000, torch.Generator().manual_seed(0))
-    assert torch.equal(tokens, again)
+    assert torch.equal(places, again)
 
 
 def test_one_covered_patch_takes_the_random_numbers_of_three_draws() -> None:
     """So that a seed gives the same training as ever."""
-    tokens, covered = small_model().draw_windows(50, torch.Generator().manual_seed(0))
+    places, covered = small_model().draw_windows(50, torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(0)
     rows, cols, expected = (torch.randint(high, (50,), generator=generator) for high in (4, 3, 9))
-    assert torch.equal(tokens[:, 0], rows * 5 + cols)
+    assert torch.equal(places[:, 0], rows * 5 + cols)
     assert torch.equal(covered[:, 0], expected)
 
 
@@ -336,12 +336,12 @@ def test_rollout_follows_tokens_from_block_to_block(readout: str, depth: int) ->
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     image, (row, col) = torch.rand(3, 48, 40), (1, 4)
-    patches, tokens = model.embed(image[None])[0], model.tokens[9:10]
+    patches, places = model.embed(image[None])[0], model.places[9:10]
     covered = model.covered[9:10]
     matrices, inputs = [], []
     for block in model.blocks:
         block.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    model.inpaint(patches[tokens], tokens, covered)
+    model.inpaint(patches[places], places, covered)
     for block, sequence in zip(model.blocks, inputs, strict=True):
         normed = block.attention_norm(sequence)
         query, key = (
@@ -355,7 +355,7 @@ def test_rollout_follows_tokens_from_block_to_block(readout: str, depth: int) ->
     if depth == 4:
         outputs.append(matrices[3] @ (outputs[2] + outputs[0]) / 2)
     expected = torch.zeros(30)
-    expected[tokens[0]] = outputs[-1].mean(0) if readout == "mean" else outputs[-1][covered[0, 0]]
+    expected[places[0]] = outputs[-1].mean(0) if readout == "mean" else outputs[-1][covered[0, 0]]
     shares = model.attention_rollout(image, row, col)
     assert float(shares.sum()) == pytest.approx(1)
     torch.testing.assert_close(shares, expected.reshape(6, 5))

@@ -103,9 +103,9 @@ def test_intra(arguments: dict[str, Any]) -> None:
         return
     images = torch.rand(2, 3, *arguments["image_size"])
     patches = model.embed(images)
-    tokens, covered = model.draw_windows(2, torch.Generator().manual_seed(0))
-    windows = patches[torch.arange(2)[:, None], tokens]
-    inpainted = model.inpaint(windows, tokens, covered)
+    places, covered = model.draw_windows(2, torch.Generator().manual_seed(0))
+    windows = patches[torch.arange(2)[:, None], places]
+    inpainted = model.inpaint(windows, places, covered)
     original = windows.gather(1, covered[:, :, None].expand_as(inpainted))
     assert_trains(model, InTraLoss()(model.pixels(original), model.pixels(inpainted)))
     assert_scores(model, images)

@@ -182,9 +182,9 @@ def step_with_windows_of_both(model: InTra) -> None:
     def draw(images: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
         network = model.model
         patches = network.embed(rotate_and_flip(images, generator))
-        tokens, covered = network.draw_windows(len(index), generator)
-        windows = patches[index[:, None], tokens]
-        inpainted = network.inpaint(windows, tokens, covered)
+        places, covered = network.draw_windows(len(index), generator)
+        windows = patches[index[:, None], places]
+        inpainted = network.inpaint(windows, places, covered)
         original = windows.gather(1, covered[:, :, None].expand_as(inpainted))
         return model.loss(network.pixels(original), network.pixels(inpainted))
 

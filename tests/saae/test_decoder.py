@@ -24,6 +24,6 @@ def test_what_depends_on_weights_alone_is_computed_for_one_image(depth: int) -> 
     transformer = LatentTransformer(latent_dim=6, grid_size=(4, 4), patch_size=2, num_heads=3, depth=depth, mlp_dim=6)
     sizes = []
     for layer in transformer.decoder:
-        layer.self_attn.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+        layer.self_attn.out_proj.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     assert transformer(torch.rand(5, 6, 4, 4)).shape == (5, 6, 4, 4)
     assert sizes == [1, *[5] * (depth - 1)]

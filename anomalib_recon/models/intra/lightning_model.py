@@ -265,10 +265,10 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
         if self.augment:
             images = rotate_and_flip(images, generator)
         patches = self.model.embed(images)
-        tokens, covered = self.model.draw_windows(len(image_index), generator, self.train_covered)
+        places, covered = self.model.draw_windows(len(image_index), generator, self.train_covered)
         # the gradients of parts add up to those of all; on a CPU, smaller activations take less time and memory
         size = WINDOWS_PER_PASS if self.device.type == "cpu" else len(image_index)
-        parts = zip(*(values.split(size) for values in (image_index, tokens, covered)), strict=True)
+        parts = zip(*(values.split(size) for values in (image_index, places, covered)), strict=True)
 
         optimizer, total = cast("LightningOptimizer", self.optimizers()), torch.zeros((), device=self.device)
         optimizer.zero_grad()
@@ -279,10 +279,10 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
         optimizer.step()
         return total
 
-    def _loss(self, patches: Tensor, image_index: Tensor, tokens: Tensor, covered: Tensor) -> Tensor:
+    def _loss(self, patches: Tensor, image_index: Tensor, places: Tensor, covered: Tensor) -> Tensor:
         """Mean loss of windows of the images ``image_index``; see :meth:`InTraModel.inpaint` for the others."""
-        windows = patches[image_index[:, None], tokens]
-        inpainted = self.model.inpaint(windows, tokens, covered)
+        windows = patches[image_index[:, None], places]
+        inpainted = self.model.inpaint(windows, places, covered)
         original = windows.gather(1, covered[:, :, None].expand_as(inpainted))
         return self.loss(self.model.pixels(original), self.model.pixels(inpainted))
 

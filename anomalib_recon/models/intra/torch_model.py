@@ -256,15 +256,15 @@ class InTraModel(Tiling, nn.Module):
         # the covered patches of a window: so many in a row, and so many patches from each to the next
         self.covered_side = math.isqrt(covered_per_window)
         self.spacing = window_size // self.covered_side
-        tokens, covered = self._centred_windows()
-        painted = tokens.gather(1, covered).flatten()
+        places, covered = self._centred_windows()
+        painted = places.gather(1, covered).flatten()
         # where each patch of the grid is among the painted ones
         order = torch.empty(self.grid_size[0] * self.grid_size[1], dtype=torch.long)
         order[painted] = torch.arange(len(painted))
-        self.register_buffer("tokens", tokens, persistent=False)
+        self.register_buffer("places", places, persistent=False)
         self.register_buffer("covered", covered, persistent=False)
         self.register_buffer("order", order, persistent=False)
-        self.tokens: Tensor
+        self.places: Tensor
         self.covered: Tensor
         self.order: Tensor
 
@@ -315,44 +315,44 @@ class InTraModel(Tiling, nn.Module):
         if torch.compiler.is_exporting():
             return self._reconstruct_in_graph(patches)
         chunks = list(
-            zip(self.tokens.split(self.windows_per_chunk), self.covered.split(self.windows_per_chunk), strict=True)
+            zip(self.places.split(self.windows_per_chunk), self.covered.split(self.windows_per_chunk), strict=True)
         )
         images = [torch.cat([self.inpaint(image[chunk[0]], *chunk) for chunk in chunks]) for image in patches]
         return torch.stack(images).flatten(1, 2)[:, self.order]
 
     def _reconstruct_in_graph(self, patches: Tensor) -> Tensor:
         """As :meth:`reconstruct`, for all images at a time, by a loop in the exported graph, which so stays small."""
-        size = min(self.windows_per_chunk, len(self.tokens))
-        places = torch.arange(-(-len(self.tokens) // size) * size, device=patches.device) % len(self.tokens)
+        size = min(self.windows_per_chunk, len(self.places))
+        windows = torch.arange(-(-len(self.places) // size) * size, device=patches.device) % len(self.places)
 
         def step(carry: list[Tensor], chunk: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
             # the patches are carried along because OpenVINO takes any other input of the loop for an initial value
-            [patches], (tokens, covered) = carry, chunk
-            windows = patches[:, tokens]  # (B, n, L * L, K * K * C)
-            tokens, covered = (values.expand(windows.shape[0], -1, -1).flatten(0, 1) for values in chunk)
-            inpainted = self.inpaint(windows.flatten(0, 1), tokens, covered)
+            [patches], (places, covered) = carry, chunk
+            windows = patches[:, places]  # (B, n, L * L, K * K * C)
+            places, covered = (values.expand(windows.shape[0], -1, -1).flatten(0, 1) for values in chunk)
+            inpainted = self.inpaint(windows.flatten(0, 1), places, covered)
             return [patches.clone()], [inpainted.reshape(patches.shape[0], -1, patches.shape[2])]
 
         _, [inpainted] = scan(
-            step, [patches], [values[places].unflatten(0, (-1, size)) for values in (self.tokens, self.covered)]
+            step, [patches], [values[windows].unflatten(0, (-1, size)) for values in (self.places, self.covered)]
         )
         return inpainted.transpose(0, 1).flatten(1, 2)[:, self.order]
 
-    def inpaint(self, windows: Tensor, tokens: Tensor, covered: Tensor) -> Tensor:
+    def inpaint(self, windows: Tensor, places: Tensor, covered: Tensor) -> Tensor:
         """Inpaint the covered patches of windows (sections 3.1 to 3.3).
 
         Args:
             windows (Tensor): Patches of n windows, shape ``(n, L * L, K * K * C)``.
-            tokens (Tensor): Their places as row-major indices in the grid, shape ``(n, L * L)``.
+            places (Tensor): Their places as row-major indices in the grid, shape ``(n, L * L)``.
             covered (Tensor): The covered patches of each window as indices in the window, shape ``(n, c)``.
 
         Returns:
             Tensor: Inpainted patches of shape ``(n, c, K * K * C)``.
         """
         # eqs. 3-5; an embedding look-up, unlike indexing, has a deterministic gradient on every device
-        places = functional.embedding(tokens, self.position_embedding) if self.is_global else self.position_embedding
+        position = functional.embedding(places, self.position_embedding) if self.is_global else self.position_embedding
         is_covered = (covered[:, :, None] == torch.arange(self.window_size**2, device=covered.device)).any(dim=1)
-        sequence = torch.where(is_covered[:, :, None], self.inpaint_token, self.patch_embedding(windows)) + places
+        sequence = torch.where(is_covered[:, :, None], self.inpaint_token, self.patch_embedding(windows)) + position
         mask = self._mask(is_covered) if covered.shape[1] > 1 else None
 
         early: list[Tensor] = []
@@ -419,8 +419,8 @@ class InTraModel(Tiling, nn.Module):
             msg = f"row and col must be in the grid of {rows} x {cols} patches, got {row} and {col}."
             raise ValueError(msg)
         index = int(self.order[row * cols + col]) // self.covered.shape[1]
-        tokens = self.tokens[index : index + 1]
-        covered = (tokens == row * cols + col).nonzero()[:, 1:]
+        places = self.places[index : index + 1]
+        covered = (places == row * cols + col).nonzero()[:, 1:]
         weights: list[Tensor] = []
         hooks = [
             block.attention.register_forward_hook(
@@ -429,7 +429,7 @@ class InTraModel(Tiling, nn.Module):
             for block in self.blocks
         ]
         try:
-            self.inpaint(self.embed(image[None])[0, tokens], tokens, covered)
+            self.inpaint(self.embed(image[None])[0, places], places, covered)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -443,7 +443,7 @@ class InTraModel(Tiling, nn.Module):
             if number < self.num_long_residuals:
                 early.append(seen)
         shares = torch.zeros(rows * cols, device=image.device)
-        return shares.index_copy(0, tokens[0], seen.mean(dim=0)).reshape(rows, cols)
+        return shares.index_copy(0, places[0], seen.mean(dim=0)).reshape(rows, cols)
 
     def picture(self, reconstruction: Tensor) -> Tensor:
         """Show inpainted patches as images with values in [0, 1], ``(B, N * M, K * K * C) -> (B, C, H, W)``.
@@ -463,20 +463,20 @@ class InTraModel(Tiling, nn.Module):
                 Defaults to ``1``.
 
         Returns:
-            tuple[Tensor, Tensor]: ``tokens`` of shape ``(n, L * L)`` and ``covered`` of shape ``(n, c)``; see
+            tuple[Tensor, Tensor]: ``places`` of shape ``(n, L * L)`` and ``covered`` of shape ``(n, c)``; see
                 :meth:`inpaint`.
         """
-        num_tokens = self.window_size**2
+        num_places = self.window_size**2
         rows, cols, covered = (
             torch.randint(high, (count,), generator=generator, device=generator.device)
-            for high in (self.grid_size[0] - self.window_size + 1, self.grid_size[1] - self.window_size + 1, num_tokens)
+            for high in (self.grid_size[0] - self.window_size + 1, self.grid_size[1] - self.window_size + 1, num_places)
         )
         covered = covered[:, None]
         if num_covered > 1:  # the first one and so many of the others
-            order = torch.rand(count, num_tokens - 1, generator=generator, device=generator.device).argsort(dim=1)
-            others = (covered + 1 + order[:, : num_covered - 1]) % num_tokens
+            order = torch.rand(count, num_places - 1, generator=generator, device=generator.device).argsort(dim=1)
+            others = (covered + 1 + order[:, : num_covered - 1]) % num_places
             covered = torch.cat([covered, others], dim=1)
-        return self._window_tokens(rows, cols), covered
+        return self._window_places(rows, cols), covered
 
     def _centred_windows(self) -> tuple[Tensor, Tensor]:
         """Windows that cover each patch of the grid once, c at a time.
@@ -485,7 +485,7 @@ class InTraModel(Tiling, nn.Module):
         for c = 1 these are the windows of eqs. 13-15. Where the grid ends, a window covers its first patch again.
 
         Returns:
-            tuple[Tensor, Tensor]: ``tokens`` of shape ``(n, L * L)`` and ``covered`` of shape ``(n, c)``.
+            tuple[Tensor, Tensor]: ``places`` of shape ``(n, L * L)`` and ``covered`` of shape ``(n, c)``.
         """
         side, spacing = self.covered_side, self.spacing
         margin = (self.window_size - (side - 1) * spacing) // 2
@@ -498,10 +498,10 @@ class InTraModel(Tiling, nn.Module):
             return start, torch.where(covered < length, covered, first[:, None]) - start[:, None]
 
         (top, rows), (left, cols) = map(place, self.grid_size)
-        tokens = self._window_tokens(top.repeat_interleave(len(left)), left.repeat(len(top)))
-        return tokens, _row_major(rows.repeat_interleave(len(left), 0), cols.repeat(len(top), 1), self.window_size)
+        places = self._window_places(top.repeat_interleave(len(left)), left.repeat(len(top)))
+        return places, _row_major(rows.repeat_interleave(len(left), 0), cols.repeat(len(top), 1), self.window_size)
 
-    def _window_tokens(self, rows: Tensor, cols: Tensor) -> Tensor:
+    def _window_places(self, rows: Tensor, cols: Tensor) -> Tensor:
         """Grid indices of the windows whose upper left patches are at ``rows``, ``cols``: ``(n,) -> (n, L * L)``."""
         side = torch.arange(self.window_size, device=rows.device)
         return _row_major(rows[:, None] + side, cols[:, None] + side, self.grid_size[1])

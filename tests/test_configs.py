@@ -88,8 +88,8 @@ def test_the_commands_in_configs_name_what_there_is() -> None:
 
 def test_the_comparison_takes_the_recommended_arguments() -> None:
     models = read("compare/folder.yaml")["models"]
-    for name in ("ADTR", "InTra", "PatchAE", "SAAE"):
-        recommended = read(f"recommended/{dict(PatchAE='patch_ae').get(name, name.lower())}.yaml")
+    for name, file in (("ADTR", "adtr"), ("InTra", "intra"), ("PatchAE", "patch_ae"), ("SAAE", "saae")):
+        recommended = read(f"recommended/{file}.yaml")
         assert models[name]["model"]["init_args"] == recommended["model"]["init_args"], name
         trainer = {"precision": "bf16-mixed", **recommended["trainer"]}
         assert models[name]["trainer"] == trainer, name

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""InTra after the same minutes: its recommended training against one covered patch a window, on the same network.
+
+``python -m benchmarks.intra_time --root DATA --category bottle --minutes 1 5 15 --output intra_time``
+
+"One patch" is the paper's training at the recommended learning rate, held constant; the paper's rate is a twentieth.
+Each row is a training of its own, since the rate of the recommended one rises and falls within its time. Loss and PSNR
+are of good test images, each patch covered alone and painted from its window; the loss is the paper's, whatever the
+training minimises. Nothing is chosen by them. Writes ``CATEGORY.json``, of which what is there is not measured again,
+and ``CATEGORY.png``, and prints a table.
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import platform
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+from anomalib.data import MVTecAD
+from anomalib.engine import Engine
+from lightning import seed_everything
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from anomalib_recon.config_files import config_path
+from anomalib_recon.files import write_whole
+from anomalib_recon.models import InTra
+from anomalib_recon.models.intra.loss import InTraLoss
+
+SEED = 0
+NUM_GOOD_IMAGES = 8
+RECIPES = ("recommended", "one patch")
+# of the recommended arguments, those that set the size of the network, the rate and how often losses are seen
+SHARED = (
+    "image_size", "patch_size", "embed_dim", "depth", "num_heads", "windows_per_image", "patience", "learning_rate"
+)  # fmt: skip
+
+
+def arguments_of(recipe: str) -> dict[str, Any]:
+    config = yaml.safe_load(config_path("recommended/intra.yaml").read_text(encoding="utf-8"))
+    arguments = config["model"]["init_args"]
+    return arguments if recipe == "recommended" else {name: arguments[name] for name in SHARED}
+
+
+def good_test_images(model: InTra, datamodule: MVTecAD) -> Tensor:
+    items = (datamodule.test_data[index] for index in range(len(datamodule.test_data)))
+    good = [item.image for item in items if not bool(item.gt_label)]
+    return torch.stack([model.pre_processor.transform(image) for image in good[:NUM_GOOD_IMAGES]])
+
+
+@torch.no_grad()
+def measure_painting(checkpoint: str, datamodule: MVTecAD) -> dict[str, float]:
+    """Loss of the paper (section 3.4) and PSNR in dB, with one covered patch a window."""
+    module = InTra.load_from_checkpoint(checkpoint, covered_per_window=1, visualizer=False).eval()
+    network: Any = module.model
+    patches = network.embed(good_test_images(module, datamodule))
+    painted = network.reconstruct(patches)
+    error = (painted - patches).square().mean().item()
+    loss = InTraLoss()(network.pixels(patches), network.pixels(painted)).item()
+    return {"loss": loss, "PSNR": -10 * math.log10(error)}
+
+
+def measure(recipe: str, minutes: float, args: argparse.Namespace) -> dict[str, float]:
+    """Train for so many minutes, and test."""
+    seed_everything(SEED, verbose=False)
+    model = InTra(**arguments_of(recipe), visualizer=False)
+    datamodule = MVTecAD(root=args.root, category=args.category, eval_batch_size=16, num_workers=0)
+    engine = Engine(
+        default_root_dir=args.output / "trainings", max_epochs=-1, max_time={"seconds": round(60 * minutes)},
+        accelerator="cpu", devices=1, precision=args.precision, enable_progress_bar=False, logger=False,
+    )  # fmt: skip
+    begun, steps_begun = time.time(), time.process_time()
+    engine.fit(model, datamodule=datamodule)
+    seconds, cpu_seconds = time.time() - begun, time.process_time() - steps_begun
+    [metrics] = engine.test(model, datamodule=datamodule, verbose=False)
+    figures = measure_painting(engine.best_model_path, datamodule)
+    return {
+        "minutes": minutes,
+        **figures,
+        "image AUROC": metrics["image_AUROC"],
+        "pixel AUROC": metrics["pixel_AUROC"],
+        "PRO": metrics["pixel_AUPRO"],
+        "steps": engine.trainer.global_step,
+        "fit, s": seconds,
+        "fit, CPU s": cpu_seconds,
+    }
+
+
+def plot(rows: dict[str, dict[str, float]], path: Path) -> None:
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    for axes, column in zip(figure.subplots(1, 3), ("loss", "image AUROC", "pixel AUROC"), strict=True):
+        for recipe in RECIPES:
+            points = sorted((row["minutes"], row[column]) for name, row in rows.items() if row["recipe"] == recipe)
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", label=recipe)
+        axes.set(xlabel="minutes of training", ylabel=column, xscale="log")
+        axes.grid(visible=True, alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, required=True, help="data in MVTec AD's layout")
+    parser.add_argument("--category", required=True)
+    parser.add_argument("--minutes", type=float, nargs="+", default=[1, 5, 15])
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--precision", default="bf16-mixed")
+    parser.add_argument("--output", type=Path, default=Path("results/intra_time"))
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.INFO)
+    path = args.output / f"{args.category}.json"
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    rows: dict[str, dict[str, Any]] = stored.get("rows", {})
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    for minutes in args.minutes:
+        for recipe in args.recipes:
+            name = f"{recipe}, {minutes:g} min"
+            rows[name] = rows.get(name) or {"recipe": recipe, **measure(recipe, minutes, args)}
+            write_whole(path, json.dumps({"machine": machine, "seed": SEED, "rows": rows}, indent=2).encode())
+            plot(rows, path.with_suffix(".png"))
+            print(pd.DataFrame(rows.values()).to_markdown(index=False, floatfmt=".4g"), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 # cells that share a covariance: a square with this side
 BLOCK_SIZE = 2
 # examples that the covariance of all places counts for in that of a block
-PRIOR_EXAMPLES = 2000
+PRIOR_EXAMPLES = 500
 # share of the mean variance of the residual that is added to all variances
 SHRINKAGE = 0.01
 # least mean variance, where 1 is that of the features: of few or equal training images, nothing is left

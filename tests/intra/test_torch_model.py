@@ -438,6 +438,8 @@ def test_scores_follow_from_the_reconstruction() -> None:
         ({"attention": "linear"}, "attention must be one of .* got 'linear'"),
         ({"position": "none"}, "position must be one of"),
         ({"readout": "max"}, "readout must be one of"),
+        ({"distance": "mahalanobis", "patch_size": 2}, "patch_size must be a multiple of 4 .* got 2"),
+        ({"distance": "l2"}, "distance must be one of .* got 'l2'"),
         ({"window_size": 5, "covered_per_window": 4}, "covered_per_window=4 needs readout='token', got readout='mean'"),
         ({"window_size": 5, "covered_per_window": 3}, r"covered_per_window must be one of \(1, 4\) for window_size=5"),
         ({"window_size": 5, "covered_per_window": 9}, "covered_per_window must be one of .* got 9"),

@@ -17,11 +17,11 @@ See Also:
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from anomalib.data import Batch
+from anomalib.data import AnomalibDataset, Batch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -119,6 +119,12 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
         in_channels (int): Channels of an image that are painted: 3, or 1 for grey images, whose three channels are
             equal. With 1, images in colour are taken as the mean of their channels.
             Defaults to ``3``.
+        distance (Literal["gms", "mahalanobis"]): Compare the gradients of images and paintings (section 3.5), or
+            pixels and gradients of each patch, in units of normal residuals at that place.
+            Defaults to ``"gms"``.
+        top_fraction (float): Share of the map, from the highest value down, whose mean is the image's score; at 0 the
+            score is the maximum (eq. 18).
+            Defaults to ``0.0``.
         pre_processor (PreProcessor | bool): Pre-processor.
             Defaults to ``True``.
         post_processor (PostProcessor | bool): Post-processor.
@@ -133,8 +139,8 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
     """
 
     network = InTraModel
-    free_arguments = ("windows_per_chunk", "covered_per_window")
-    added_arguments: ClassVar[dict[str, Any]] = {"in_channels": NUM_CHANNELS}
+    free_arguments = ("windows_per_chunk", "covered_per_window", "top_fraction")
+    added_arguments: ClassVar[dict[str, Any]] = {"in_channels": NUM_CHANNELS, "distance": "gms"}
 
     def __init__(
         self,
@@ -164,6 +170,8 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
         windows_per_chunk: int = 32,
         covered_per_window: int = 1,
         in_channels: int = NUM_CHANNELS,
+        distance: Literal["gms", "mahalanobis"] = "gms",
+        top_fraction: float = 0.0,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -304,8 +312,24 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
             total += self.loss(self.model.pixels(patches), self.model.pixels(inpainted))
         return float(self.trainer.strategy.reduce(total, reduce_op="sum")) / len(images)
 
+    def residuals(self) -> Iterator[Tensor]:
+        """Compare the normal training images with what is painted; see :meth:`InTraModel.residual`.
+
+        Yields:
+            Tensor: Residuals of shape ``(b, ..., N, M)``.
+        """
+
+        def residual(batch: Any) -> Tensor:
+            patches = self.model.embed(self.tiles(batch))
+            return self.model.residual(patches, self.model.reconstruct(patches))
+
+        yield from map_images(self.trainer, self, self._normal_images(), residual)
+
     def finish(self) -> None:
-        """Take the mean difference of the normal training images (eq. 17)."""
+        """Take the mean difference of the normal training images (eq. 17), or measure their residuals."""
+        if self.model.mahalanobis is not None:
+            self.model.mahalanobis.fit(self.residuals())
+            return
 
         def total_difference(batch: Any) -> Tensor:
             patches = self.model.embed(self.tiles(batch))
@@ -313,9 +337,12 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
             of_tiles = difference.unflatten(0, (len(batch.image), -1))
             return of_tiles.mean(dim=1).sum(dim=0, keepdim=True)
 
-        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        images = normal_images(datamodule.train_data, getattr(self.pre_processor, "transform", None))
+        images = self._normal_images()
         total = torch.zeros_like(self.model.normal_difference)
         for part in map_images(self.trainer, self, own_share(self.trainer, images), total_difference):
             total += part
         self.model.normal_difference.copy_(self.trainer.strategy.reduce(total, reduce_op="sum") / len(images))
+
+    def _normal_images(self) -> AnomalibDataset:
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        return normal_images(datamodule.train_data, getattr(self.pre_processor, "transform", None))

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops import scan
 from torch.nn import functional
 
-from anomalib_recon.layers import Tiling, check_whole
+from anomalib_recon.layers import ResidualDistance, Tiling, TopMean, check_whole
 
 from .anomaly_map import AnomalyMapGenerator
 
@@ -196,6 +196,11 @@ class InTraModel(Tiling, nn.Module):
             and needs ``readout="token"``.
         in_channels (int): Channels C of the images. With 1, images of three channels are taken, too, as the mean of
             their channels.
+        distance (Literal["gms", "mahalanobis"]): Compare the gradients of images and paintings (section 3.5), or
+            pixels and gradients of each patch, in units of normal residuals at that place; see
+            :class:`~anomalib_recon.layers.ResidualDistance`.
+        top_fraction (float): Share of the map, from the highest value down, whose mean is the image's score; at 0 the
+            score is the maximum (eq. 18).
 
     Raises:
         ValueError: If an argument is out of its range or does not fit another.
@@ -217,6 +222,8 @@ class InTraModel(Tiling, nn.Module):
         windows_per_chunk: int = 32,
         covered_per_window: int = 1,
         in_channels: int = NUM_CHANNELS,
+        distance: Literal["gms", "mahalanobis"] = "gms",
+        top_fraction: float = 0.0,
     ) -> None:
         super().__init__()
         check_whole(in_channels=in_channels)
@@ -227,6 +234,7 @@ class InTraModel(Tiling, nn.Module):
             ("attention", attention, tuple(ATTENTION)),
             ("position", position, ("global", "local")),
             ("readout", readout, ("mean", "token")),
+            ("distance", distance, ("gms", "mahalanobis")),
         ):
             if value not in choices:
                 msg = f"{name} must be one of {choices}, got {value!r}."
@@ -272,6 +280,15 @@ class InTraModel(Tiling, nn.Module):
         # mean of diff(z) over the normal training images z (eq. 17), zero until it is known
         self.register_buffer("normal_difference", torch.zeros(1, 1, *image_size))
         self.normal_difference: Tensor
+        self.mahalanobis: ResidualDistance | None = None
+        if distance == "mahalanobis":
+            if patch_size % 4:
+                msg = f"patch_size must be a multiple of 4 for distance='mahalanobis', got {patch_size}."
+                raise ValueError(msg)
+            # pixels, and gradients at half and at quarter scale
+            num_differences = patch_dim + (patch_size // 2) ** 2 + (patch_size // 4) ** 2
+            self.mahalanobis = ResidualDistance(num_differences, self.grid_size)
+        self.top_mean = TopMean(top_fraction)
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score images as :meth:`embed` takes them (section 3.5); see :meth:`compare`."""
@@ -378,22 +395,44 @@ class InTraModel(Tiling, nn.Module):
         return is_self | ~is_covered[:, None, None]
 
     def compare(self, patches: Tensor, reconstruction: Tensor) -> InferenceBatch:
-        """Compare the gradients of images and reconstructions (section 3.5).
+        """Compare images and reconstructions: their gradients (section 3.5), or all that the loss compares.
 
         Args:
             patches (Tensor): Patches of shape ``(B, N * M, K * K * C)``.
             reconstruction (Tensor): Inpainted patches of the same shape.
 
         Returns:
-            InferenceBatch: ``anomaly_map`` of shape ``(B, 1, H, W)`` (the root of eq. 17) and ``pred_score`` of
-                shape ``(B,)`` (eq. 18), both in [0, 1).
+            InferenceBatch: ``anomaly_map`` of shape ``(B, 1, H, W)``, the root of eq. 17, and ``pred_score`` of shape
+                ``(B,)`` (eq. 18), both in [0, 1); with ``distance="mahalanobis"`` about 1 where images are normal.
         """
-        anomaly_map = self.anomaly_map_generator(self.difference(patches, reconstruction), self.normal_difference)
-        return InferenceBatch(pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map)
+        if self.mahalanobis is None:
+            anomaly_map = self.anomaly_map_generator(self.difference(patches, reconstruction), self.normal_difference)
+        else:
+            residual = self.residual(patches, reconstruction)
+            distances = self.mahalanobis(residual, torch.zeros_like(residual))
+            anomaly_map = functional.interpolate(distances, self.image_size, mode="bilinear", align_corners=False)
+        return InferenceBatch(pred_score=self.top_mean(anomaly_map), anomaly_map=anomaly_map)
 
     def difference(self, patches: Tensor, reconstruction: Tensor) -> Tensor:
         """``diff`` of section 3.5, ``(B, N * M, K * K * C) -> (B, 1, H, W)``."""
         return self.anomaly_map_generator.difference(self.unpatchify(patches), self.unpatchify(reconstruction))
+
+    def residual(self, patches: Tensor, reconstruction: Tensor) -> Tensor:
+        """Differences at each patch: of its pixels, and of gradients at half and at quarter scale.
+
+        Args:
+            patches (Tensor): Patches of shape ``(B, N * M, K * K * C)``.
+            reconstruction (Tensor): Inpainted patches of the same shape.
+
+        Returns:
+            Tensor: Differences of shape ``(B, K * K * (C + 5 / 16), N, M)``.
+        """
+        gradients = self.anomaly_map_generator.gradient_differences(
+            self.unpatchify(patches), self.unpatchify(reconstruction)
+        )
+        of_patches = [functional.pixel_unshuffle(maps, maps.shape[-1] // self.grid_size[1]) for maps in gradients]
+        pixels = (patches.float() - reconstruction.float()).mT.unflatten(2, self.grid_size)
+        return torch.cat([pixels, *of_patches], dim=1)
 
     @torch.no_grad()
     def attention_rollout(self, image: Tensor, row: int, col: int) -> Tensor:

@@ -71,6 +71,12 @@ def run(path: Path, images: np.ndarray, batch_size: int, config: dict[str, str] 
     return {name: np.concatenate([output[name] for output in outputs]) for name in names}
 
 
+def is_last_product_in_floating_point(path: Path) -> bool:
+    """Whether the last matrix product of an exported model takes no number in 8 bits."""
+    products = [node for node in openvino.Core().read_model(path).get_ordered_ops() if node.get_type_name() == "MatMul"]
+    return all(value.get_node().get_type_name() != "FakeQuantize" for value in products[-1].input_values())
+
+
 def quantised_convolutions(path: Path) -> list[bool]:
     """Whether each convolution of an exported model takes an input in 8 bits, in the order of the graph."""
     convolutions = [

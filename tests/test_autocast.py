@@ -12,6 +12,7 @@ from anomalib_recon.models.adtr.anomaly_map import AnomalyMapGenerator as ADTRMa
 from anomalib_recon.models.adtr.loss import ImageLoss, NormalLoss, PixelLoss
 from anomalib_recon.models.intra.anomaly_map import AnomalyMapGenerator as InTraMap
 from anomalib_recon.models.intra.loss import InTraLoss
+from anomalib_recon.models.intra.torch_model import InTraModel
 from anomalib_recon.models.patch_ae.loss import HybridLoss
 from anomalib_recon.models.patch_ae.torch_model import PatchAEModel
 from anomalib_recon.models.saae.anomaly_map import AnomalyMapGenerator as SAAEMap
@@ -19,6 +20,16 @@ from anomalib_recon.models.saae.loss import SAAELoss
 
 SIZE = (64, 48)
 Comparison = Callable[[Tensor, Tensor], Tensor]
+
+
+def intra() -> InTraModel:
+    torch.manual_seed(0)
+    return InTraModel(SIZE, 8, 5, embed_dim=16, depth=1, num_heads=2, distance="mahalanobis")
+
+
+def as_patches(images: Tensor) -> Tensor:
+    return intra().embed(images)
+
 
 # of a target (2, 3, 64, 48), which may be in half precision itself, with its reconstruction
 FEATURES: dict[str, Comparison] = {
@@ -32,6 +43,8 @@ FEATURES: dict[str, Comparison] = {
     "SAAE's map": SAAEMap((128, 96), "norm"),
     "InTra's loss": InTraLoss(),
     "InTra's difference": InTraMap(SIZE).difference,
+    "InTra's residual": lambda *pair: intra().residual(*map(as_patches, pair)),
+    "InTra's map": lambda *pair: intra().compare(*map(as_patches, pair)).anomaly_map,
 }
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Multi-head attention of the standard transformer, at the rate of the CPU.
+"""Multi-head attention of the standard transformer, fast in training on a CPU.
 
 Example:
     >>> import torch
@@ -42,7 +42,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
 def multihead_attention(
     layer: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """Do what a layer of torch's attention does without its attention maps and dropout, in less time.
+    """Compute torch's multi-head attention without attention maps and dropout, in less time.
 
     Args:
         layer (nn.MultiheadAttention): Weights, for queries, keys and values of one width D.

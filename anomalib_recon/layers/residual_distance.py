@@ -22,7 +22,7 @@ BLOCK_SIZE = 2
 PRIOR_EXAMPLES = 500
 # share of the mean variance of the residual that is added to all variances
 SHRINKAGE = 0.01
-# least mean variance, where 1 is that of the features: of few or equal training images, nothing is left
+# least mean variance: of few or equal training images, nothing is left
 MIN_VARIANCE = 1e-6
 
 
@@ -56,13 +56,16 @@ class ResidualDistance(nn.Module):
             residuals (Iterable[Tensor]): Residuals of normal images in batches of shape ``(b, C, h, w)``.
         """
         products, total, num_images = torch.zeros_like(self.whitening), torch.zeros_like(self.mean), 0
+        offset: Tensor | None = None  # near the mean: of large and nearly equal residuals, squares lose their digits
         for residual in residuals:
-            examples = self._to_blocks(residual.float())
+            offset = residual.float().mean(dim=0) if offset is None else offset
+            shifted = residual.float() - offset
+            examples = self._to_blocks(shifted)
             products += examples.mT @ examples
-            total += residual.float().sum(dim=0)
+            total += shifted.sum(dim=0)
             num_images += len(residual)
-        self.mean = total / num_images
-        means = self._to_blocks(self.mean[None])
+        self.mean = total / num_images + (0 if offset is None else offset)
+        means = self._to_blocks(total[None] / num_images)
         cells = means.shape[1]  # of a block
         of_blocks = products / (num_images * cells) - means.mT @ means / cells
         weight = PRIOR_EXAMPLES / (PRIOR_EXAMPLES + num_images * cells)

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from anomalib.deploy import ExportType
+from anomalib.deploy import CompressionType, ExportType
 from torch.nn import functional
 
 from anomalib_recon.models import InTra
 from anomalib_recon.models.intra.loss import gradient_magnitude_similarity
 from anomalib_recon.models.intra.torch_model import InTraModel
-from tests.exports import expected_from, export, images_of, run
+from tests.exports import expected_from, export, images_of, is_last_product_in_floating_point, run
 from tests.intra.test_training import SCHEDULE, SMALL, data, train
 
 SIZES = {"image_size": (48, 40), "patch_size": 8, "window_size": 5, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -88,5 +88,13 @@ def test_checkpoint_and_export_hold_the_distance(
     result = run(export(model, tmp_path, ExportType.OPENVINO), images, 2)
     for name in ("pred_score", "anomaly_map"):
         np.testing.assert_allclose(result[name].reshape(expected[name].shape), expected[name], atol=1e-3)
+    path = export(
+        model,
+        tmp_path / "ptq",
+        ExportType.OPENVINO,
+        compression_type=CompressionType.INT8_PTQ,
+        datamodule=data(stripes),
+    )
+    assert is_last_product_in_floating_point(path)
     with pytest.raises(ValueError, match=r"distance"):
         InTra(**SMALL).on_load_checkpoint(torch.load(checkpoint, weights_only=True))

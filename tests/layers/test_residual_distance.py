@@ -44,7 +44,9 @@ def test_distances_are_those_of_scipy(rows: int, side: int) -> None:
         assert result[0, 0, row, column].item() == pytest.approx(expected, rel=1e-3)
 
 
-def test_equal_images_leave_finite_distances() -> None:
+@pytest.mark.parametrize("residual", [torch.zeros(5, 4, 6), torch.rand(5, 4, 6), 100 * torch.rand(5, 4, 6)])
+def test_equal_images_leave_finite_distances(residual: torch.Tensor) -> None:
     distance = ResidualDistance(5, (4, 6))
-    distance.fit([torch.zeros(3, 5, 4, 6)])
+    distance.fit(residual.expand(10, -1, -1, -1).split(3))
+    torch.testing.assert_close(distance.mean, residual)
     assert bool(distance(torch.rand(2, 5, 4, 6), torch.zeros(2, 5, 4, 6)).isfinite().all())

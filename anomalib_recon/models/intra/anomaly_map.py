@@ -65,11 +65,10 @@ class AnomalyMapGenerator(nn.Module):
         Returns:
             Tensor: Difference maps of shape ``(B, 1, H, W)`` with values in [0, 1).
         """
-        maps = [
-            self._resize(smooth(part), self.image_size)
-            for smooth, part in zip(self.smooth, self.gradient_differences(images, reconstruction), strict=True)
-        ]
-        return torch.stack(maps).mean(dim=0)
+        with torch.autocast(images.device.type, enabled=False):
+            parts = zip(self.smooth, self.gradient_differences(images, reconstruction), strict=True)
+            maps = [self._resize(smooth(part), self.image_size) for smooth, part in parts]
+            return torch.stack(maps).mean(dim=0)
 
     def gradient_differences(self, images: Tensor, reconstruction: Tensor) -> list[Tensor]:
         """How gradients differ, d_g of eq. 11.

@@ -56,9 +56,9 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
     """Inpainting transformer, trained from scratch on windows of the normal training images.
 
     A tenth of the normal training images is held out. Training stops when the loss on them has not fallen for
-    ``patience`` epochs (or at the trainer's ``max_epochs``); then the weights of the best epoch are restored, the mean
-    difference map of the normal training images is taken (eq. 17), and the validation images are inpainted, once, to
-    set the thresholds.
+    ``patience`` epochs (or at the trainer's ``max_epochs``); then the weights of the best epoch are restored, the
+    statistics of the normal training images are taken (eq. 17, or those of ``distance``), and the validation images are
+    inpainted, once, to set the thresholds.
 
     Args:
         image_size (int | tuple[int, int] | None): Height and width that images are resized to, in pixels; an int means
@@ -212,6 +212,7 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
             raise ValueError(msg)
 
         self.model: InTraModel = self.build_network()
+        self.comparison_layers = int(distance == "mahalanobis")
         self.loss = InTraLoss(gms_weight, ssim_weight)
         self.windows_per_image = windows_per_image
         self.windows_per_step = windows_per_step
@@ -316,7 +317,7 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
         """Compare the normal training images with what is painted; see :meth:`InTraModel.residual`.
 
         Yields:
-            Tensor: Residuals of shape ``(b, ..., N, M)``.
+            Tensor: Residuals of shape ``(b, K * K * (C + 5 / 16), N, M)``.
         """
 
         def residual(batch: Any) -> Tensor:

@@ -395,7 +395,7 @@ class InTraModel(Tiling, nn.Module):
         return is_self | ~is_covered[:, None, None]
 
     def compare(self, patches: Tensor, reconstruction: Tensor) -> InferenceBatch:
-        """Compare images and reconstructions: their gradients (section 3.5), or all that the loss compares.
+        """Compare images and reconstructions: their gradients (section 3.5), or pixels and gradients of each patch.
 
         Args:
             patches (Tensor): Patches of shape ``(B, N * M, K * K * C)``.
@@ -403,7 +403,8 @@ class InTraModel(Tiling, nn.Module):
 
         Returns:
             InferenceBatch: ``anomaly_map`` of shape ``(B, 1, H, W)``, the root of eq. 17, and ``pred_score`` of shape
-                ``(B,)`` (eq. 18), both in [0, 1); with ``distance="mahalanobis"`` about 1 where images are normal.
+                ``(B,)``, its maximum (eq. 18) or the mean of its highest values, both in [0, 1); with
+                ``distance="mahalanobis"`` about 1 where images are normal.
         """
         if self.mahalanobis is None:
             anomaly_map = self.anomaly_map_generator(self.difference(patches, reconstruction), self.normal_difference)

@@ -24,18 +24,21 @@ from anomalib_recon.models import InTra
 
 
 @torch.no_grad()
-def take_mean_difference(model: InTra, datamodule: MVTecAD) -> None:
-    network, differences = model.model.eval(), []
-    for batch in datamodule.train_dataloader():
-        patches = network.embed(model.pre_processor.transform(batch.image))
-        differences.append(network.difference(patches, network.reconstruct(patches)))
+def take_statistics(model: InTra, datamodule: MVTecAD) -> None:
+    network = model.model.eval()
+    batches = (network.embed(model.pre_processor.transform(batch.image)) for batch in datamodule.train_dataloader())
+    pairs = ((patches, network.reconstruct(patches)) for patches in batches)
+    if network.mahalanobis is not None:
+        network.mahalanobis.fit(network.residual(*pair) for pair in pairs)
+        return
+    differences = [network.difference(*pair) for pair in pairs]
     network.normal_difference.copy_(torch.cat(differences).mean(dim=0, keepdim=True))
 
 
 def measure(checkpoint: Path, count: int, own: bool, datamodule: MVTecAD) -> dict[str, float | int | bool]:
     model = InTra.load_from_checkpoint(checkpoint, covered_per_window=count, visualizer=False)
     if own:
-        take_mean_difference(model, datamodule)
+        take_statistics(model, datamodule)
     start = time.monotonic()
     with TemporaryDirectory() as folder:
         engine = Engine(default_root_dir=folder, accelerator="cpu", enable_progress_bar=False)

@@ -5,8 +5,8 @@
 ``python -m benchmarks.intra_covered --checkpoint CKPT --root datasets/MVTecAD --category screw --output FILE``
 
 Tests a checkpoint of a network with ``readout="token"`` once with each ``covered_per_window`` and prints AUROC and
-AUPRO on raw scores. "own" means that the mean difference map of the normal training images (eq. 17) has been taken
-anew by the same inference; otherwise it is that of the checkpoint. Writes the figures as JSON and prints them.
+AUPRO on raw scores. "own" means that the statistics of the normal training images (eq. 17) have been taken
+anew by the same inference; otherwise they are those of the checkpoint. Writes the figures as JSON and prints them.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True, help="data in MVTec AD's layout")
     parser.add_argument("--category", required=True)
     parser.add_argument("--covered", type=int, nargs="+", default=[1, 4, 9])
-    parser.add_argument("--own", action="store_true", help="also with the mean difference taken anew")
+    parser.add_argument("--own", action="store_true", help="also with the statistics taken anew")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from anomalib.models import AnomalibModule
 from torch import Tensor, nn
 
 from tests.conftest import save, write_stripes
@@ -21,18 +22,26 @@ def assert_finite(state: Mapping[str, Tensor]) -> None:
         assert value.isfinite().all(), key
 
 
-@pytest.mark.parametrize("level", [0.0, 0.5, 1.0], ids=["black", "grey", "white"])
-def test_images_of_one_colour(name: str, tmp_path: Path, level: float) -> None:
-    root = write_stripes(tmp_path / "data")
+def assert_one_colour_is_scored(model: AnomalibModule, level: float, folder: Path) -> None:
+    root = write_stripes(folder / "data")
     for path in (root / "stripes").rglob("good/*.png"):
         save(np.full((64, 64), level), path)
-    model = build(name)
-    engine = engine_in(tmp_path / "results")
+    engine = engine_in(folder / "results")
     engine.fit(model, datamodule=data(root))
     assert_finite(model.state_dict())
     for batch in engine.predict(model, datamodule=data(root)):
         assert batch.pred_score.isfinite().all()
         assert batch.anomaly_map.isfinite().all()
+
+
+@pytest.mark.parametrize("level", [0.0, 0.5, 1.0], ids=["black", "grey", "white"])
+def test_images_of_one_colour(name: str, tmp_path: Path, level: float) -> None:
+    assert_one_colour_is_scored(build(name), level, tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "arguments"), [("InTra", {}), ("ADTR", {}), ("SAAE", {"latent_dim": 8})])
+def test_images_of_one_colour_by_mahalanobis(kind: str, arguments: dict, tmp_path: Path) -> None:
+    assert_one_colour_is_scored(build(kind, distance="mahalanobis", **arguments), 0.5, tmp_path)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -8,13 +8,15 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from anomalib.data import AnomalibDataModule, InferenceBatch
 from anomalib.deploy import CompressionType
+from torch import nn
 
+from anomalib_recon.layers import ResidualDistance
 from anomalib_recon.post_processing import RawScoreExport
 
 if TYPE_CHECKING:
@@ -43,10 +45,13 @@ class CurrentOpsetExport(RawScoreExport):
     with its weights, which then differ as much as the features did, and share the 8 bits of a row.
     """
 
-    # layers with weights that are part of the comparison
-    comparison_layers = 0
     # whether the layer behind the backbone brings features to one scale
     scales_features = False
+
+    @property
+    def comparison_layers(self) -> int:
+        """Layers with weights that are part of the comparison: a Mahalanobis distance is one."""
+        return sum(isinstance(part, ResidualDistance) for part in cast("nn.Module", self).modules())
 
     def to_onnx(
         self,

@@ -197,7 +197,6 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
             raise ValueError(msg)
 
         self.model: ADTRModel = self.build_network()
-        self.comparison_layers = int(distance == "mahalanobis")
         self.loss = _choose_loss(labels, alpha, top_k, self.model.num_tokens)
         self.confetti = ConfettiNoise(confetti) if confetti else None
         self.labels = labels

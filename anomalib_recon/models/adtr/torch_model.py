@@ -75,18 +75,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     def forward(  # type: ignore[override]
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        """Let each query attend to the keys.
-
-        Args:
-            query (Tensor): Tokens that attend, of shape ``(B, T, D)``.
-            key (Tensor): Tokens that they are compared with, of the same shape.
-            value (Tensor): Tokens that are mixed, of the same shape.
-            bias (Tensor | None): What is added to the logits of each head, of shape ``(1, heads, T, T)``.
-                Defaults to ``None``.
-
-        Returns:
-            Tensor: Tokens of shape ``(B, T, D)``.
-        """
+        """Let each query attend to the keys; see :func:`~anomalib_recon.layers.multihead_attention`."""
         return multihead_attention(self, query, key, value, bias)
 
 

@@ -88,7 +88,6 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
     """
 
     network = FeatureInpaintingModel
-    comparison_layers = 1  # the distance
     free_arguments = ("top_fraction",)
     scales_features = True
     needs_datamodule = True

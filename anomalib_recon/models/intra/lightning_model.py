@@ -212,7 +212,6 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
             raise ValueError(msg)
 
         self.model: InTraModel = self.build_network()
-        self.comparison_layers = int(distance == "mahalanobis")
         self.loss = InTraLoss(gms_weight, ssim_weight)
         self.windows_per_image = windows_per_image
         self.windows_per_step = windows_per_step

@@ -166,7 +166,6 @@ class SAAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
             msg = f"explained_variance must be above 0 and at most 1, got {explained_variance}."
             raise ValueError(msg)
         self.model: SAAEModel = self.build_network()
-        self.comparison_layers = int(distance == "mahalanobis")
         self.loss = SAAELoss(distance)
         self.explained_variance = explained_variance
         self.learning_rate = learning_rate

@@ -8,7 +8,6 @@ One test for each: when a new version breaks something, the name of the test say
 import inspect
 
 import anomalib.models
-import numpy as np
 import pytest
 import timm
 import torch
@@ -19,7 +18,7 @@ from anomalib.engine import Engine
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
 from anomalib.metrics import Evaluator
 from anomalib.models import Padim
-from anomalib.models.components import AnomalibModule, DynamicBufferMixin, KCenterGreedy
+from anomalib.models.components import AnomalibModule, DynamicBufferMixin
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.pre_processing.utils.transform import get_exportable_transform
@@ -46,17 +45,6 @@ def test_discovery_is_called_at_the_end_of_the_import_of_torch() -> None:
 
 def test_models_are_found_among_the_direct_subclasses() -> None:
     assert Padim in AnomalibModule.__subclasses__()
-
-
-def test_patch_ae_seeds_the_projection_of_the_coreset() -> None:
-    def coreset(seed: int) -> torch.Tensor:
-        torch.manual_seed(0)
-        sampler = KCenterGreedy(torch.rand(200, 400, generator=torch.Generator().manual_seed(0)), 0.1)
-        sampler.model.random_state = np.random.RandomState(seed)
-        return sampler.sample_coreset()
-
-    assert torch.equal(coreset(1), coreset(1))
-    assert not torch.equal(coreset(1), coreset(2))
 
 
 def test_patch_ae_loads_a_bank_of_another_size() -> None:

@@ -66,6 +66,19 @@ def test_coreset_spreads_over_the_vectors_and_follows_the_seed(vectors: torch.Te
     assert select_coreset(clusters, 1 / 30).argmax(dim=1).unique().numel() == 10
 
 
+def test_coreset_takes_the_farthest_vector_each_time(vectors: torch.Tensor) -> None:
+    coreset = select_coreset(vectors, 0.1)
+    distances = torch.cdist(vectors.double(), vectors.double())
+    expected = [int((vectors == coreset[0]).all(dim=1).nonzero())]
+    while len(expected) < len(coreset):
+        expected.append(int(distances[:, expected].amin(dim=1).argmax()))
+    assert torch.equal(coreset, vectors[expected])
+
+
+def test_coreset_takes_no_vector_twice() -> None:
+    assert select_coreset(torch.eye(100), 0.99).unique(dim=0).shape == (99, 100)
+
+
 def test_bank_comes_with_its_shape_from_a_state_dict(vectors: torch.Tensor, features: torch.Tensor) -> None:
     bank, loaded = filled(vectors, 100), NormalBank(100)
     loaded.load_state_dict(bank.state_dict())

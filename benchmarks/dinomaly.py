@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Ours and anomalib's Dinomaly on the same frozen vision transformer, trained for the same minutes.
+
+``python -m benchmarks.dinomaly --root DATA --category screw --weights vit_tiny_patch16_224.safetensors --minutes 3``
+
+SAAE and FeatureInpainting compare the blocks in the second quarter of the transformer in units of normal residuals;
+SAAE takes its recommended arguments, FeatureInpainting its defaults. Dinomaly compares two means of its eight blocks in
+the middle, by its own network, loss, optimiser and schedule; steps are counted first, so that its learning rate falls
+within the time. SAAE's steps end after the same time; FeatureInpainting takes what it takes. For figures without any
+training see ``python -m benchmarks.untrained``. Prints a table and writes it as JSON, of which what is there is not
+measured again.
+"""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pandas as pd
+import timm
+import yaml
+from anomalib.data import MVTecAD
+from anomalib.engine import Engine
+from anomalib.models import Dinomaly
+from anomalib.models.image.dinomaly import torch_model as dinomaly
+from lightning import seed_everything
+
+from anomalib_recon.config_files import config_path
+from anomalib_recon.files import write_whole
+from anomalib_recon.metrics import RawScoreEvaluator
+from anomalib_recon.models import SAAE, FeatureInpainting
+
+SEED = 0
+BACKBONE, IMAGE_SIZE = "vit_tiny_patch16_224", 384
+LAYERS = ["blocks.3", "blocks.4", "blocks.5"]
+TINY = {"embed_dim": 192, "num_heads": 3, "target_layers": list(range(2, 10))}
+PROBE_STEPS = 10
+METRICS = {"image AUROC": "image_AUROC", "pixel AUROC": "pixel_AUROC", "PRO": "pixel_AUPRO"}
+
+
+def build_dinomaly(weights: Path) -> Dinomaly:
+    """anomalib's Dinomaly, which knows DINOv2's transformers alone, on another one with local weights."""
+    from_file = partial(timm.create_model, pretrained_cfg_overlay={"file": str(weights), "num_classes": 0})
+    with patch.dict(dinomaly.DINO_ARCHITECTURES, {"tiny": TINY}), patch.object(timm, "create_model", from_file):
+        return Dinomaly(
+            BACKBONE, evaluator=RawScoreEvaluator(), visualizer=False,
+            pre_processor=Dinomaly.configure_pre_processor((IMAGE_SIZE, IMAGE_SIZE), IMAGE_SIZE),
+        )  # fmt: skip
+
+
+def build_own(name: str, weights: Path) -> SAAE | FeatureInpainting:
+    arguments = {"backbone": BACKBONE, "backbone_weights": weights, "image_size": IMAGE_SIZE, "layers": LAYERS}
+    if name == "FeatureInpainting":
+        return FeatureInpainting(**arguments, visualizer=False)
+    config = yaml.safe_load(config_path("recommended/saae.yaml").read_text(encoding="utf-8"))
+    arguments = config["model"]["init_args"] | arguments | {"feature_stride": None}
+    return SAAE(**arguments, visualizer=False)
+
+
+def train_and_test(name: str, args: argparse.Namespace) -> dict[str, float]:
+    def engine(**arguments: Any) -> Engine:
+        return Engine(
+            default_root_dir=args.output / "trainings", accelerator="cpu", devices=1, precision=args.precision,
+            enable_progress_bar=False, logger=False, **arguments,
+        )  # fmt: skip
+
+    datamodule = MVTecAD(root=args.root, category=args.category, train_batch_size=16, eval_batch_size=16, num_workers=0)
+    seed_everything(SEED, verbose=False)
+    model: Any = build_dinomaly(args.weights) if name == "Dinomaly" else build_own(name, args.weights)
+    ends: dict[str, Any] = {"max_epochs": 1}
+    if name == "SAAE":
+        ends = {"max_epochs": -1, "max_time": {"seconds": round(60 * args.minutes)}}
+    elif name == "Dinomaly":
+        begun = time.time()
+        engine(max_steps=PROBE_STEPS, limit_val_batches=0).fit(build_dinomaly(args.weights), datamodule=datamodule)
+        ends = {"max_steps": int(60 * args.minutes * PROBE_STEPS / (time.time() - begun))}
+    trained = engine(**ends)
+    begun = time.time()
+    trained.fit(model, datamodule=datamodule)
+    seconds = time.time() - begun
+    [metrics] = trained.test(model, datamodule=datamodule, verbose=False)
+    return {key: metrics[value] for key, value in METRICS.items()} | {
+        "steps": trained.trainer.global_step,
+        "fit, s": seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ["FeatureInpainting", "SAAE", "Dinomaly"]
+    parser.add_argument("--root", type=Path, required=True, help="data in MVTec AD's layout")
+    parser.add_argument("--category", required=True)
+    parser.add_argument("--weights", type=Path, required=True, help=f"weights of {BACKBONE} in timm's format")
+    parser.add_argument("--minutes", type=float, default=3)
+    parser.add_argument("--precision", default="bf16-mixed")
+    parser.add_argument("--models", nargs="+", choices=names, default=names)
+    parser.add_argument("--output", type=Path, default=Path("results/dinomaly"))
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.INFO)
+    path = args.output / f"{args.category}.json"
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    rows: dict[str, dict[str, float]] = stored.get("rows", {})
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    for name in args.models:
+        rows[name] = rows.get(name) or train_and_test(name, args)
+        write_whole(path, json.dumps({"machine": machine, "seed": SEED, "rows": rows}, indent=2).encode())
+        table = pd.DataFrame([{"model": key, **row} for key, row in rows.items()])
+        print(table.to_markdown(index=False, floatfmt=".4g"), flush=True)
+
+
+if __name__ == "__main__":
+    main()

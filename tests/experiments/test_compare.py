@@ -33,7 +33,7 @@ from anomalib_recon.experiments.compare.training_images import (
 from tests.tiny_models import build, engine_in
 
 SMALL = {
-    "image_size": 64, "patch_size": 8, "window_size": 5, "embed_dim": 16, "depth": 2, "num_heads": 2,
+    "image_size": 64, "patch_size": 8, "window_size": 5, "embed_dim": 16, "depth": 1, "num_heads": 2,
     "windows_per_image": 10,
 }  # fmt: skip
 COMMON = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]

@@ -67,7 +67,7 @@ def test_a_model_trained_on_single_patches_is_exported_to_cover_four(
 ) -> None:
     seed_everything(0)
     exact = InTra(
-        image_size=OWN_SIZE, patch_size=8, window_size=5, embed_dim=16, depth=2, num_heads=2, learning_rate=2e-3,
+        image_size=OWN_SIZE, patch_size=8, window_size=5, embed_dim=16, depth=1, num_heads=2, learning_rate=2e-3,
         windows_per_image=20, windows_per_chunk=10, readout="token",
     )  # fmt: skip
     engine = Engine(default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", enable_progress_bar=False)
@@ -102,7 +102,7 @@ def count_nodes(graph: onnx.GraphProto) -> int:
 def test_graph_is_as_small_for_large_images_and_many_chunks(tmp_path: Path) -> None:
     counts, chunks = [], []
     for image_size, windows_per_chunk in ((32, 3), (64, 16)):
-        model = InTra(image_size, 8, 3, embed_dim=16, depth=2, num_heads=2, windows_per_chunk=windows_per_chunk)
+        model = InTra(image_size, 8, 3, embed_dim=16, depth=1, num_heads=2, windows_per_chunk=windows_per_chunk)
         path = model.to_onnx(tmp_path / f"{image_size}_{windows_per_chunk}")
         counts.append(count_nodes(onnx.load(path).graph))
         chunks.append(-(-len(model.model.places) // windows_per_chunk))

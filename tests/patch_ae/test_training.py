@@ -128,6 +128,18 @@ def test_bank_of_ratio_one_holds_them_all(stripes: Path, tmp_path: Path) -> None
         assert float(model.model(images).pred_score.max()) < 1e-4
 
 
+def test_bank_is_selected_from_as_many_vectors_of_each_image(stripes: Path, tmp_path: Path) -> None:
+    arguments = {**SMALL, "coreset_ratio": 1.0, "coreset_candidates": 60}
+    model, _ = train(stripes, tmp_path, model=PatchAE(**arguments), max_epochs=1)
+    bank = model.model.bank.vectors
+    distances = torch.cdist(bank, features_of(model, stripes), compute_mode="donot_use_mm_for_euclid_dist")
+    nearest = distances.min(dim=1)
+    assert float(nearest.values.max()) < 1e-4
+    assert nearest.indices.unique().numel() == len(bank)
+    per_image = torch.bincount(nearest.indices // model.model.num_patches)
+    assert per_image.tolist() == [5] * 12
+
+
 def test_checkpoint_round_trip(trained: tuple[PatchAE, Engine, Probe], stripes: Path) -> None:
     model, engine, _ = trained
     path = engine.trainer.checkpoint_callback.best_model_path
@@ -214,6 +226,9 @@ def test_scores_by_reconstruction_need_no_bank(stripes: Path, tmp_path: Path) ->
 def test_a_bank_that_would_be_empty_is_refused_before_training(stripes: Path, tmp_path: Path) -> None:
     model = PatchAE(**{**SMALL, "coreset_ratio": 0.001})
     with pytest.raises(ValueError, match=r"coreset_ratio=0.001 leaves none of the 768 normal features; raise it"):
+        train(stripes, tmp_path, model=model)
+    model = PatchAE(**{**SMALL, "coreset_ratio": 0.01, "coreset_candidates": 90})
+    with pytest.raises(ValueError, match=r"coreset_ratio=0.01 leaves none of the 90 normal features; raise it"):
         train(stripes, tmp_path, model=model)
 
 

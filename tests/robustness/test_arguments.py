@@ -272,7 +272,7 @@ def test_numbers_of_the_lightning_models(model_class: type[nn.Module], argument:
     ("model_class", "argument"),
     [
         (InTra, "windows_per_image"), (InTra, "windows_per_step"), (InTra, "max_held_out"), (InTra, "patience"),
-        (ADTR, "lr_drop_epoch"),
+        (ADTR, "lr_drop_epoch"), (PatchAE, "coreset_candidates"),
     ],
 )  # fmt: skip
 def test_counts_of_the_lightning_models(model_class: type[nn.Module], argument: str, value: Any) -> None:

@@ -18,7 +18,7 @@ See Also:
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from anomalib.data import AnomalibDataset, Batch
@@ -31,13 +31,13 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from anomalib_recon.layers import ScaleBy, check_finite, check_positive
+from anomalib_recon.layers import ScaleBy, check_finite, check_positive, check_whole
 from anomalib_recon.models.base import ReconstructionModule
 from anomalib_recon.training import FeatureCache, map_images, normal_images, own_share
 
 from .defects import KINDS, ArtificialDefects
 from .loss import HybridLoss
-from .normal_bank import select_coreset
+from .normal_bank import draw_vectors, select_coreset
 from .torch_model import PatchAEModel
 
 
@@ -92,8 +92,12 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
             Defaults to ``1e-3``.
         backbone_learning_rate (float): The same for the weights of the backbone.
             Defaults to ``2e-5``.
-        coreset_ratio (float): Share of the normal features, in (0, 1], that becomes the bank; 1 keeps all.
+        coreset_ratio (float): Share of the normal features, or of ``coreset_candidates``, in (0, 1], that becomes the
+            bank; 1 keeps all.
             Defaults to ``0.1``.
+        coreset_candidates (int | None): Normal features that the bank is selected from, drawn at random, the same share
+            from each image. Bounds the memory at the end of the training, and the time to select. ``None`` keeps all.
+            Defaults to ``None``.
         feature_scale (Literal["none", "stage", "channel", "whiten"]): Bring the stages to one scale: that of each stage
             or channel, or of all principal components.
             Defaults to ``"channel"``.
@@ -146,6 +150,7 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
         learning_rate: float = 1e-3,
         backbone_learning_rate: float = 2e-5,
         coreset_ratio: float = 0.1,
+        coreset_candidates: int | None = None,
         feature_scale: ScaleBy = "channel",
         score_by: Literal["features", "reconstruction"] = "features",
         sigma: float = 4.0,
@@ -168,6 +173,9 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
             msg = f"coreset_ratio must be above 0 and at most 1, got {coreset_ratio}."
             raise ValueError(msg)
 
+        if coreset_candidates is not None:
+            check_whole(coreset_candidates=coreset_candidates)
+
         self.model: PatchAEModel = self.build_network()
         self.loss = HybridLoss(alpha, patch_size)
         self.defects = ArtificialDefects(
@@ -183,6 +191,7 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
         self.learning_rate = learning_rate
         self.backbone_learning_rate = backbone_learning_rate
         self.coreset_ratio = coreset_ratio
+        self.coreset_candidates = coreset_candidates
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam, with smaller steps for the weights that come from ImageNet, and for the layer with the most inputs.
@@ -223,8 +232,9 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
             ValueError: If it would.
         """
         num_vectors = len(self._normal_images()) * self.model.num_patches
-        if int(self.coreset_ratio * num_vectors) == 0:
-            msg = f"coreset_ratio={self.coreset_ratio} leaves none of the {num_vectors} normal features; raise it."
+        num_candidates = min(num_vectors, self.coreset_candidates or num_vectors)
+        if int(self.coreset_ratio * num_candidates) == 0:
+            msg = f"coreset_ratio={self.coreset_ratio} leaves none of the {num_candidates} normal features; raise it."
             raise ValueError(msg)
 
     def on_train_epoch_start(self) -> None:
@@ -259,8 +269,14 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
         # a process without an image repeats the first: a vector more than once changes no distance
         share = own_share(self.trainer, images)
         share = share if len(share) else images.subsample([0])
-        parts = map_images(self.trainer, self, share, lambda batch: self.model.embed(self.tiles(batch)))
-        vectors = torch.cat([part.float().movedim(1, -1).flatten(0, 2) for part in parts])  # (M, D)
+        per_image = None if self.coreset_candidates is None else max(1, self.coreset_candidates // len(images))
+
+        def candidates(batch: Batch) -> Tensor:
+            num_images = len(cast("Tensor", batch.image))
+            codes = self.model.embed(self.tiles(batch)).float().movedim(1, -1)  # (b, h, w, D), of all tiles
+            return draw_vectors(codes.reshape(num_images, -1, codes.shape[-1]), per_image)
+
+        vectors = torch.cat(list(map_images(self.trainer, self, share, candidates)))  # (M, D)
         if self.trainer.world_size > 1:
             vectors = torch.cat(gather_all_tensors(vectors))
         self.model.whitening.fit(vectors)

@@ -109,6 +109,22 @@ class NormalBank(DynamicBufferMixin):
         return _distances(queries, padded, index)
 
 
+def draw_vectors(vectors: Tensor, number: int | None) -> Tensor:
+    """Draw so many vectors of each image at random.
+
+    Args:
+        vectors (Tensor): Vectors of shape ``(B, m, D)``.
+        number (int | None): How many of the m to draw; ``None``, or more than there are, takes all.
+
+    Returns:
+        Tensor: Vectors of shape ``(B * number, D)``.
+    """
+    if number is None or number >= vectors.shape[1]:
+        return vectors.flatten(0, 1)
+    drawn = torch.rand(vectors.shape[:2]).argsort(dim=1)[:, :number].to(vectors.device)
+    return vectors.take_along_dim(drawn[..., None], dim=1).flatten(0, 1)
+
+
 def select_coreset(vectors: Tensor, ratio: float) -> Tensor:
     """Select vectors such that none of the others is far from all of them: greedy k-centres.
 

@@ -36,7 +36,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from anomalib_recon.data import DemoAD
 from anomalib_recon.files import write_whole
 from anomalib_recon.models import InTra
-from anomalib_recon.models.intra.torch_model import InTraModel, TokenLinear
+from anomalib_recon.models.intra.torch_model import InTraModel
+from anomalib_recon.models.intra.transformer import TokenLinear
 
 MATRIX_SIZE = 4096
 # the compression of an export, and what OpenVINO is asked for: by default it takes bfloat16 where the CPU has it

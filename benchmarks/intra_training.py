@@ -38,6 +38,7 @@ from anomalib_recon.files import write_whole
 from anomalib_recon.models import InTra
 from anomalib_recon.models.intra.loss import InTraLoss
 from anomalib_recon.models.intra.torch_model import InTraModel
+from anomalib_recon.models.intra.windows import draw_windows
 from benchmarks.intra_inference import MATRIX_SIZE, clock, seconds, with_usual_layers
 
 NUM_PICTURES = 32
@@ -68,7 +69,7 @@ class OneWindowOfEachFile(Dataset):
         """Patches ``(L * L, K * K * 3)``, their numbers ``(L * L,)``, and which is covered ``(1,)``."""
         image = self.resize(read_image(self.paths[index], as_tensor=True))
         generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
-        places, covered = self.model.draw_windows(1, generator)
+        places, covered = draw_windows(self.model.grid_size, self.model.window_size, 1, generator)
         return self.model.embed(image[None])[0, places[0]], places[0], covered[0]
 
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.transforms.v2.functional import resize
 
-from anomalib_recon.models.adtr.torch_model import ADTRModel, DecoderLayer, MultiheadAttention, find_feature_size
+from anomalib_recon.models.adtr.torch_model import ADTRModel, find_feature_size
+from anomalib_recon.models.adtr.transformer import DecoderLayer, MultiheadAttention
 
 SMALL = {
     "backbone": "test_efficientnet", "pre_trained": False, "image_size": (64, 96), "embed_dim": 16, "depth": 2,

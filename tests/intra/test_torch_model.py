@@ -7,12 +7,9 @@ import pytest
 import torch
 
 from anomalib_recon.models.intra.loss import InTraLoss
-from anomalib_recon.models.intra.torch_model import (
-    InTraModel,
-    MultiheadFeatureSelfAttention,
-    MultiheadSelfAttention,
-    TokenLinear,
-)
+from anomalib_recon.models.intra.torch_model import InTraModel
+from anomalib_recon.models.intra.transformer import MultiheadFeatureSelfAttention, MultiheadSelfAttention, TokenLinear
+from anomalib_recon.models.intra.windows import draw_windows
 
 SMALL = {"image_size": (48, 40), "patch_size": 8, "window_size": 3, "embed_dim": 16, "depth": 3, "num_heads": 2}
 
@@ -295,19 +292,19 @@ def test_patches_are_row_major_and_reversible() -> None:
 
 def test_windows_are_drawn_everywhere_and_repeatably() -> None:
     model = small_model()
-    places, covered = model.draw_windows(4000, torch.Generator().manual_seed(0))
+    places, covered = draw_windows(model.grid_size, model.window_size, 4000, torch.Generator().manual_seed(0))
     assert places.shape == (4000, 9)
     assert covered.shape == (4000, 1)
     assert set(covered.flatten().tolist()) == set(range(9))
     assert set(places[:, 0].tolist()) == {row * 5 + col for row in range(4) for col in range(3)}
     assert bool((places.diff(dim=1) > 0).all())
-    again, _ = model.draw_windows(4000, torch.Generator().manual_seed(0))
+    again, _ = draw_windows(model.grid_size, model.window_size, 4000, torch.Generator().manual_seed(0))
     assert torch.equal(places, again)
 
 
 def test_one_covered_patch_takes_the_random_numbers_of_three_draws() -> None:
     """So that a seed gives the same training as ever."""
-    places, covered = small_model().draw_windows(50, torch.Generator().manual_seed(0))
+    places, covered = draw_windows((6, 5), 3, 50, torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(0)
     rows, cols, expected = (torch.randint(high, (50,), generator=generator) for high in (4, 3, 9))
     assert torch.equal(places[:, 0], rows * 5 + cols)
@@ -317,7 +314,7 @@ def test_one_covered_patch_takes_the_random_numbers_of_three_draws() -> None:
 @pytest.mark.parametrize("count", [2, 5, 8])
 def test_several_patches_are_covered_at_random_places(count: int) -> None:
     model = small_model(readout="token")
-    _, covered = model.draw_windows(6000, torch.Generator().manual_seed(0), count)
+    _, covered = draw_windows(model.grid_size, model.window_size, 6000, torch.Generator().manual_seed(0), count)
     assert covered.shape == (6000, count)
     hits = torch.nn.functional.one_hot(covered, 9).sum(dim=1)
     assert int(hits.max()) == 1  # no patch twice

@@ -16,6 +16,7 @@ from anomalib_recon.models.adtr.loss import NormalLoss
 from anomalib_recon.models.adtr.torch_model import ADTRModel
 from anomalib_recon.models.intra.loss import InTraLoss
 from anomalib_recon.models.intra.torch_model import InTraModel
+from anomalib_recon.models.intra.windows import draw_windows
 from anomalib_recon.models.patch_ae.loss import HybridLoss
 from anomalib_recon.models.patch_ae.torch_model import PatchAEModel
 from anomalib_recon.models.saae.loss import SAAELoss
@@ -103,7 +104,7 @@ def test_intra(arguments: dict[str, Any]) -> None:
         return
     images = torch.rand(2, 3, *arguments["image_size"])
     patches = model.embed(images)
-    places, covered = model.draw_windows(2, torch.Generator().manual_seed(0))
+    places, covered = draw_windows(model.grid_size, model.window_size, 2, torch.Generator().manual_seed(0))
     windows = patches[torch.arange(2)[:, None], places]
     inpainted = model.inpaint(windows, places, covered)
     original = windows.gather(1, covered[:, :, None].expand_as(inpainted))

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from anomalib_recon.models import InTra, PatchAE
 from anomalib_recon.models.intra.augmentation import rotate_and_flip
+from anomalib_recon.models.intra.windows import draw_windows
 from anomalib_recon.post_processing import FalsePositiveRatePostProcessor
 from tests.conftest import write_stripes
 from tests.tiny_models import TINY, build, engine_in
@@ -182,7 +183,7 @@ def step_with_windows_of_both(model: InTra) -> None:
     def draw(images: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
         network = model.model
         patches = network.embed(rotate_and_flip(images, generator))
-        places, covered = network.draw_windows(len(index), generator)
+        places, covered = draw_windows(network.grid_size, network.window_size, len(index), generator)
         windows = patches[index[:, None], places]
         inpainted = network.inpaint(windows, places, covered)
         original = windows.gather(1, covered[:, :, None].expand_as(inpainted))

@@ -33,142 +33,15 @@ from anomalib_recon.layers import (
     check_dropout,
     check_whole,
     divide_feature_map,
-    multihead_attention,
     stage_strides,
 )
 
 from .anomaly_map import AnomalyMapGenerator, Distance
+from .transformer import DecoderLayer, EncoderLayer
 
 DEFAULT_STRIDE = 16
 # by how much a logit falls with each token of distance from where its head looks
 SLOPE = 2.0
-
-
-class ConcatProjection(nn.Module):
-    """What replaces an attention layer in the paper's ablation: a concatenation followed by a projection (section 4.4).
-
-    Args:
-        embed_dim (int): Width of the tokens D.
-    """
-
-    def __init__(self, embed_dim: int) -> None:
-        super().__init__()
-        self.projection = nn.Linear(2 * embed_dim, embed_dim)
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Join each token with the one at its own place; all shapes are ``(B, T, D)``."""
-        del key, bias
-        return self.projection(torch.cat([query, value], dim=-1))
-
-
-class MultiheadAttention(nn.MultiheadAttention):
-    """Multi-head attention of the standard transformer, without its attention maps.
-
-    Args:
-        embed_dim (int): Width of the tokens D.
-        num_heads (int): Number of heads; divides D.
-    """
-
-    def __init__(self, embed_dim: int, num_heads: int) -> None:
-        super().__init__(embed_dim, num_heads, batch_first=True)
-
-    def forward(  # type: ignore[override]
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        """Let each query attend to the keys; see :func:`~anomalib_recon.layers.multihead_attention`."""
-        return multihead_attention(self, query, key, value, bias)
-
-
-def _attention(kind: str, embed_dim: int, num_heads: int) -> nn.Module:
-    return MultiheadAttention(embed_dim, num_heads) if kind == "multihead" else ConcatProjection(embed_dim)
-
-
-def _feed_forward(embed_dim: int, mlp_dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(embed_dim, mlp_dim), nn.ReLU(), nn.Linear(mlp_dim, embed_dim))
-
-
-class EncoderLayer(nn.Module):
-    """Self-attention and feed-forward network, each with a shortcut and layer normalisation (appendix A).
-
-    Args:
-        embed_dim (int): Width of the tokens D.
-        num_heads (int): Number of heads.
-        mlp_dim (int): Hidden width of the feed-forward network.
-        dropout (float): Fraction of each part's output that is dropped in training.
-        attention (str): ``"multihead"`` or ``"concat"``.
-    """
-
-    def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, dropout: float, attention: str) -> None:
-        super().__init__()
-        self.self_attention = _attention(attention, embed_dim, num_heads)
-        self.feed_forward = _feed_forward(embed_dim, mlp_dim)
-        self.norm1, self.norm2 = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, tokens: Tensor, position: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Encode tokens.
-
-        Args:
-            tokens (Tensor): Tokens of shape ``(B, T, D)``.
-            position (Tensor): Position embedding of shape ``(1, T, D)``.
-            bias (Tensor | None): See :class:`MultiheadAttention`.
-                Defaults to ``None``.
-
-        Returns:
-            Tensor: Tokens of shape ``(B, T, D)``.
-        """
-        located = tokens + position
-        tokens = self.norm1(tokens + self.dropout(self.self_attention(located, located, tokens, bias)))
-        return self.norm2(tokens + self.dropout(self.feed_forward(tokens)))
-
-
-class DecoderLayer(nn.Module):
-    """Self-attention, attention to the encoder, and feed-forward network (appendix A).
-
-    Args:
-        embed_dim (int): Width of the tokens D.
-        num_heads (int): Number of heads.
-        mlp_dim (int): Hidden width of the feed-forward network.
-        dropout (float): Fraction of each part's output that is dropped in training.
-        attention (str): ``"multihead"`` or ``"concat"``.
-    """
-
-    def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, dropout: float, attention: str) -> None:
-        super().__init__()
-        self.self_attention = _attention(attention, embed_dim, num_heads)
-        self.cross_attention = _attention(attention, embed_dim, num_heads)
-        self.feed_forward = _feed_forward(embed_dim, mlp_dim)
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(embed_dim) for _ in range(3))
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(
-        self,
-        query: Tensor,
-        encoded: Tensor,
-        position: Tensor,
-        self_bias: Tensor | None = None,
-        cross_bias: Tensor | None = None,
-    ) -> Tensor:
-        """Decode a query.
-
-        Args:
-            query (Tensor): Query embedding of shape ``(1, T, D)``, or the output of the layer before, ``(B, T, D)``.
-            encoded (Tensor): Output of the encoder, of shape ``(B, T, D)``.
-            position (Tensor): Position embedding of shape ``(1, T, D)``.
-            self_bias (Tensor | None): Of the self-attention, see :class:`MultiheadAttention`.
-                Defaults to ``None``.
-            cross_bias (Tensor | None): Of the attention to the encoder.
-                Defaults to ``None``.
-
-        Returns:
-            Tensor: Tokens of shape ``(B, T, D)``.
-        """
-        located = query + position
-        attended = self.self_attention(located, located, query, self_bias).expand_as(encoded)
-        query = self.norm1(query + self.dropout(attended))
-        attended = self.cross_attention(query + position, encoded + position, encoded, cross_bias)
-        query = self.norm2(query + self.dropout(attended))
-        return self.norm3(query + self.dropout(self.feed_forward(query)))
 
 
 class ADTRModel(Tiling, nn.Module):

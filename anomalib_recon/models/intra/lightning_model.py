@@ -47,6 +47,7 @@ from anomalib_recon.training import (
 from .augmentation import rotate_and_flip
 from .loss import MIN_PATCH_SIZE, InTraLoss
 from .torch_model import NUM_CHANNELS, InTraModel, check_readout
+from .windows import draw_windows
 
 # windows that pass forward and backward at a time in training on a CPU
 WINDOWS_PER_PASS = 64
@@ -273,7 +274,9 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
         if self.augment:
             images = rotate_and_flip(images, generator)
         patches = self.model.embed(images)
-        places, covered = self.model.draw_windows(len(image_index), generator, self.train_covered)
+        places, covered = draw_windows(
+            self.model.grid_size, self.model.window_size, len(image_index), generator, self.train_covered
+        )
         # the gradients of parts add up to those of all; on a CPU, smaller activations take less time and memory
         size = WINDOWS_PER_PASS if self.device.type == "cpu" else len(image_index)
         parts = zip(*(values.split(size) for values in (image_index, places, covered)), strict=True)

@@ -37,139 +37,10 @@ from torch.nn import functional
 from anomalib_recon.layers import ResidualDistance, Tiling, TopMean, check_whole
 
 from .anomaly_map import AnomalyMapGenerator
+from .transformer import ATTENTION, TransformerBlock
+from .windows import centred_windows
 
 NUM_CHANNELS = 3
-
-
-class TokenLinear(nn.Linear):
-    """Linear map of tokens, of shape ``(B, T, in_features)`` to ``(B, T, out_features)``.
-
-    On CPUs, in fp32, it is written as a convolution with kernel size 1: the same product, which PyTorch then leaves to
-    oneDNN instead of its BLAS library. On an AMD CPU with AVX-512 that made inference about 1.5 times as fast, and
-    training 1.4 times. In bfloat16 PyTorch takes oneDNN for linear maps too.
-    """
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens."""
-        is_fp32_on_cpu = tokens.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        if not is_fp32_on_cpu or torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available():
-            return super().forward(tokens)
-        pixels = tokens.transpose(1, 2).unsqueeze(-1)  # images of T x 1 pixels, channels last in memory
-        return functional.conv2d(pixels, self.weight[:, :, None, None], self.bias).squeeze(-1).transpose(1, 2)
-
-
-def _mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
-    return nn.Sequential(TokenLinear(in_dim, hidden_dim), nn.GELU(), TokenLinear(hidden_dim, out_dim))
-
-
-class MultiheadSelfAttention(nn.Module):
-    """Multihead self-attention, MSA (eqs. 6-9).
-
-    Args:
-        embed_dim (int): Latent dimension D.
-        num_heads (int): Number of heads h; divides D.
-    """
-
-    def __init__(self, embed_dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.query: nn.Module = TokenLinear(embed_dim, embed_dim)
-        self.key: nn.Module = TokenLinear(embed_dim, embed_dim)
-        self.value = TokenLinear(embed_dim, embed_dim)
-        self.unify = TokenLinear(embed_dim, embed_dim)
-
-    def forward(self, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Let some tokens attend to all tokens of their sequence, or to those that a mask allows.
-
-        Args:
-            queries (Tensor): Tokens that attend, of shape ``(B, Q, D)``.
-            tokens (Tensor): Sequences of shape ``(B, T, D)``.
-            mask (Tensor | None): Which tokens each query attends to, shape ``(B, 1, Q, T)``; all if ``None``.
-                Defaults to ``None``.
-
-        Returns:
-            Tensor: Tokens of shape ``(B, Q, D)``.
-        """
-        heads = functional.scaled_dot_product_attention(
-            self._slice(self.query(queries)),
-            self._slice(self.key(tokens)),
-            self._slice(self.value(tokens)),
-            attn_mask=mask,
-        )
-        return self.unify(heads.transpose(1, 2).flatten(2))
-
-    def weights(self, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """How much of each token goes into each query, the mean over the heads: arguments as of :meth:`forward`.
-
-        Returns:
-            Tensor: Weights of shape ``(B, Q, T)``, of which each row has the sum 1.
-        """
-        query, key = self._slice(self.query(queries)), self._slice(self.key(tokens))
-        logits = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-        if mask is not None:
-            logits = logits.masked_fill(~mask, -math.inf)
-        return logits.softmax(dim=-1).mean(dim=1)
-
-    def _slice(self, tokens: Tensor) -> Tensor:
-        """Slice the last dimension into heads: ``(B, T, h * d) -> (B, h, T, d)``."""
-        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-
-class MultiheadFeatureSelfAttention(MultiheadSelfAttention):
-    """Multihead feature self-attention, MFSA: queries and keys of half the width, from an MLP each (eq. 10).
-
-    Args:
-        embed_dim (int): Latent dimension D. Queries and keys have F = D / 2, the hidden layers 2 * D dimensions.
-        num_heads (int): Number of heads h; divides F.
-    """
-
-    def __init__(self, embed_dim: int, num_heads: int) -> None:
-        super().__init__(embed_dim, num_heads)
-        self.query = _mlp(embed_dim, 2 * embed_dim, embed_dim // 2)
-        self.key = _mlp(embed_dim, 2 * embed_dim, embed_dim // 2)
-
-
-ATTENTION = {"mfsa": MultiheadFeatureSelfAttention, "msa": MultiheadSelfAttention}
-
-
-class TransformerBlock(nn.Module):
-    """Attention and MLP, each behind a layer norm and bridged by a residual connection (section 3.3).
-
-    Args:
-        embed_dim (int): Latent dimension D.
-        attention (MultiheadSelfAttention): The attention of this block.
-    """
-
-    def __init__(self, embed_dim: int, attention: MultiheadSelfAttention) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(embed_dim)
-        self.attention = attention
-        self.mlp_norm = nn.LayerNorm(embed_dim)
-        self.mlp = _mlp(embed_dim, 4 * embed_dim, embed_dim)
-
-    def forward(self, tokens: Tensor, mask: Tensor | None = None, read: Tensor | None = None) -> Tensor:
-        """Map sequences.
-
-        Args:
-            tokens (Tensor): Sequences of shape ``(B, T, D)``.
-            mask (Tensor | None): See :class:`MultiheadSelfAttention`.
-                Defaults to ``None``.
-            read (Tensor | None): The tokens that are needed of the result, as indices of shape ``(B, c)``; all if
-                ``None``.
-                Defaults to ``None``.
-
-        Returns:
-            Tensor: Sequences of shape ``(B, T, D)``, or ``(B, c, D)``.
-        """
-        normed = self.attention_norm(tokens)
-        queries = normed
-        if read is not None:
-            read = read[:, :, None]
-            queries = normed.gather(1, read.expand(-1, -1, tokens.shape[-1]))
-            tokens = tokens.gather(1, read.expand(-1, -1, tokens.shape[-1]))
-            mask = None if mask is None else mask.gather(2, read[:, None].expand(-1, 1, -1, mask.shape[-1]))
-        tokens = tokens + self.attention(queries, normed, mask)
-        return tokens + self.mlp(self.mlp_norm(tokens))
 
 
 class InTraModel(Tiling, nn.Module):
@@ -261,10 +132,7 @@ class InTraModel(Tiling, nn.Module):
         self.head = nn.Linear(embed_dim, patch_dim)
         self.output = nn.Sigmoid() if sigmoid else nn.Identity()
 
-        # the covered patches of a window: so many in a row, and so many patches from each to the next
-        self.covered_side = math.isqrt(covered_per_window)
-        self.spacing = window_size // self.covered_side
-        places, covered = self._centred_windows()
+        places, covered = centred_windows(self.grid_size, window_size, covered_per_window)
         painted = places.gather(1, covered).flatten()
         # where each patch of the grid is among the painted ones
         order = torch.empty(self.grid_size[0] * self.grid_size[1], dtype=torch.long)
@@ -493,59 +361,6 @@ class InTraModel(Tiling, nn.Module):
         pictures = self.unpatchify(reconstruction).float().clamp(0, 1)
         return pictures.expand(-1, NUM_CHANNELS, -1, -1) if self.in_channels == 1 else pictures
 
-    def draw_windows(self, count: int, generator: torch.Generator, num_covered: int = 1) -> tuple[Tensor, Tensor]:
-        """Draw windows anywhere in the grid, each with a random patch covered (section 3.4), or several.
-
-        Args:
-            count (int): Number of windows n.
-            generator (torch.Generator): Source of randomness, on the device of the model.
-            num_covered (int): Patches c that are covered in each window, all sets of so many being equally likely.
-                Defaults to ``1``.
-
-        Returns:
-            tuple[Tensor, Tensor]: ``places`` of shape ``(n, L * L)`` and ``covered`` of shape ``(n, c)``; see
-                :meth:`inpaint`.
-        """
-        num_places = self.window_size**2
-        rows, cols, covered = (
-            torch.randint(high, (count,), generator=generator, device=generator.device)
-            for high in (self.grid_size[0] - self.window_size + 1, self.grid_size[1] - self.window_size + 1, num_places)
-        )
-        covered = covered[:, None]
-        if num_covered > 1:  # the first one and so many of the others
-            order = torch.rand(count, num_places - 1, generator=generator, device=generator.device).argsort(dim=1)
-            others = (covered + 1 + order[:, : num_covered - 1]) % num_places
-            covered = torch.cat([covered, others], dim=1)
-        return self._window_places(rows, cols), covered
-
-    def _centred_windows(self) -> tuple[Tensor, Tensor]:
-        """Windows that cover each patch of the grid once, c at a time.
-
-        The covered patches of a window are ``spacing`` patches apart, and as central as the border allows:
-        for c = 1 these are the windows of eqs. 13-15. Where the grid ends, a window covers its first patch again.
-
-        Returns:
-            tuple[Tensor, Tensor]: ``places`` of shape ``(n, L * L)`` and ``covered`` of shape ``(n, c)``.
-        """
-        side, spacing = self.covered_side, self.spacing
-        margin = (self.window_size - (side - 1) * spacing) // 2
-
-        def place(length: int) -> tuple[Tensor, Tensor]:
-            position = torch.arange(length)
-            first = position[position % (side * spacing) < spacing]
-            start = (first - margin).clamp(0, length - self.window_size)  # r of eq. 13, s of eq. 14, counted from 0
-            covered = first[:, None] + spacing * torch.arange(side)
-            return start, torch.where(covered < length, covered, first[:, None]) - start[:, None]
-
-        (top, rows), (left, cols) = map(place, self.grid_size)
-        places = self._window_places(top.repeat_interleave(len(left)), left.repeat(len(top)))
-        return places, _row_major(rows.repeat_interleave(len(left), 0), cols.repeat(len(top), 1), self.window_size)
-
-    def _window_places(self, rows: Tensor, cols: Tensor) -> Tensor:
-        """Grid indices of the windows whose upper left patches are at ``rows``, ``cols``: ``(n,) -> (n, L * L)``."""
-        side = torch.arange(self.window_size, device=rows.device)
-        return _row_major(rows[:, None] + side, cols[:, None] + side, self.grid_size[1])
-
     def pixels(self, patches: Tensor) -> Tensor:
         """Show patches as images, ``(..., K * K * C) -> (n, C, K, K)``."""
         return patches.reshape(-1, self.patch_size, self.patch_size, self.in_channels).permute(0, 3, 1, 2)
@@ -555,11 +370,6 @@ class InTraModel(Tiling, nn.Module):
         rows, cols = self.grid_size
         images = patches.reshape(-1, rows, cols, self.patch_size, self.patch_size, self.in_channels)
         return images.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_channels, *self.image_size)
-
-
-def _row_major(rows: Tensor, cols: Tensor, width: int) -> Tensor:
-    """Indices of the places in some rows and columns of grids so wide: two of ``(n, s)`` to ``(n, s * s)``."""
-    return (rows[:, :, None] * width + cols[:, None, :]).flatten(1)
 
 
 def check_sizes(image_size: tuple[int, int], patch_size: int, window_size: int) -> None:

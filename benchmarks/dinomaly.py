@@ -32,6 +32,7 @@ from anomalib.engine import Engine
 from anomalib.models import Dinomaly
 from anomalib.models.image.dinomaly import torch_model as dinomaly
 from lightning import seed_everything
+from lightning.pytorch.callbacks import Callback
 
 from anomalib_recon.config_files import config_path
 from anomalib_recon.files import write_whole
@@ -65,6 +66,19 @@ def build_own(name: str, weights: Path) -> SAAE | FeatureInpainting:
     return SAAE(**arguments, visualizer=False)
 
 
+class Clock(Callback):
+    """When each step ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.ends.append(time.time())
+
+    def seconds_per_step(self) -> float:
+        return (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
+
+
 def train_and_test(name: str, args: argparse.Namespace) -> dict[str, float]:
     def engine(**arguments: Any) -> Engine:
         return Engine(
@@ -79,9 +93,11 @@ def train_and_test(name: str, args: argparse.Namespace) -> dict[str, float]:
     if name == "SAAE":
         ends = {"max_epochs": -1, "max_time": {"seconds": round(60 * args.minutes)}}
     elif name == "Dinomaly":
-        begun = time.time()
-        engine(max_steps=PROBE_STEPS, limit_val_batches=0).fit(build_dinomaly(args.weights), datamodule=datamodule)
-        ends = {"max_steps": int(60 * args.minutes * PROBE_STEPS / (time.time() - begun))}
+        probe = Clock()
+        engine(max_steps=PROBE_STEPS, limit_val_batches=0, callbacks=[probe]).fit(
+            build_dinomaly(args.weights), datamodule=datamodule
+        )
+        ends = {"max_steps": int(60 * args.minutes / probe.seconds_per_step())}
     trained = engine(**ends)
     begun = time.time()
     trained.fit(model, datamodule=datamodule)

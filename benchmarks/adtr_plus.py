@@ -7,14 +7,15 @@
 The recommended ADTR is trained on good images. From there it is trained further: on good images alone, which is the
 control, and as ADTR+ with confetti, with labelled defects drawn from the test folders, and with good images on which
 anomalib's Perlin noise is drawn. All are tested on the same images, without the labelled defects. Learning rate and
-number of epochs are those of the recommended ADTR. Prints a table and writes it as JSON.
+number of epochs are those of the recommended ADTR. Prints a table and writes it as JSON, of which what is there is not
+measured again.
 """
 
 import argparse
-import json
 import logging
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,10 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from anomalib_recon.config_files import config_path
 from anomalib_recon.data import LabelledFolder
-from anomalib_recon.files import write_whole
 from anomalib_recon.models import ADTR
+from benchmarks.rows import Rows, accuracy
 
 SEED = 0
-METRICS = {"image AUROC": "image_AUROC", "pixel AUROC": "pixel_AUROC", "PRO": "pixel_AUPRO"}
 SOURCES = ("none", "confetti", "labelled defects", "Perlin noise")
 
 
@@ -84,8 +84,7 @@ def train_and_test(model: ADTR, datamodule: LabelledFolder, epochs: int, args: a
     engine.fit(model, datamodule=datamodule)
     seconds = time.time() - begun
     [metrics] = engine.test(model, datamodule=datamodule, verbose=False)
-    figures = {key: metrics[value] for key, value in METRICS.items()}
-    return figures | {"fit, s": seconds, "checkpoint": engine.best_model_path}
+    return accuracy(metrics) | {"fit, s": seconds, "checkpoint": engine.best_model_path}
 
 
 def main() -> None:
@@ -105,24 +104,25 @@ def main() -> None:
     arguments = config["model"]["init_args"] | {"backbone_weights": args.weights, "visualizer": False}
     epochs = config["trainer"]["max_epochs"]
 
+    rows = Rows(args.output / f"{args.category}.json")
     seed_everything(SEED, verbose=False)
-    rows = {"ADTR": train_and_test(ADTR(**arguments), build_data("none", args), epochs, args)}
-    start = rows["ADTR"].pop("checkpoint")
-    for source in args.sources:
+    start = rows.measure("ADTR", lambda: train_and_test(ADTR(**arguments), build_data("none", args), epochs, args))[
+        "checkpoint"
+    ]
+
+    def train_further(source: str) -> dict[str, Any]:
         seed_everything(SEED, verbose=False)
-        datamodule = build_data(source, args)
         if source == "none":
             model = ADTR(**arguments)
             model.load_state_dict(torch.load(start, weights_only=True)["state_dict"], strict=False)
         else:
-            model = ADTR(
-                **arguments, labels="pixel", normal_checkpoint=start, confetti=0.5 if source == "confetti" else 0.0
-            )
+            confetti = 0.5 if source == "confetti" else 0.0
+            model = ADTR(**arguments, labels="pixel", normal_checkpoint=start, confetti=confetti)
+        return train_and_test(model, build_data(source, args), epochs, args)
+
+    for source in args.sources:
         name = "ADTR, trained further" if source == "none" else f"ADTR+, {source}"
-        rows[name] = train_and_test(model, datamodule, epochs, args)
-        rows[name].pop("checkpoint")
-        write_whole(args.output / f"{args.category}.json", json.dumps(rows, indent=2).encode())
-        print(pd.DataFrame(rows).T.to_markdown(floatfmt=".4g"), flush=True)
+        rows.measure(name, partial(train_further, source))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,7 @@ measured again.
 """
 
 import argparse
-import json
 import logging
-import os
-import platform
 import time
 import warnings
 from functools import partial
@@ -24,7 +21,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import pandas as pd
 import timm
 import yaml
 from anomalib.data import MVTecAD
@@ -35,16 +31,15 @@ from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback
 
 from anomalib_recon.config_files import config_path
-from anomalib_recon.files import write_whole
 from anomalib_recon.metrics import RawScoreEvaluator
 from anomalib_recon.models import SAAE, FeatureInpainting
+from benchmarks.rows import Rows, accuracy
 
 SEED = 0
 BACKBONE, IMAGE_SIZE = "vit_tiny_patch16_224", 384
 LAYERS = ["blocks.3", "blocks.4", "blocks.5"]
 TINY = {"embed_dim": 192, "num_heads": 3, "target_layers": list(range(2, 10))}
 PROBE_STEPS = 10
-METRICS = {"image AUROC": "image_AUROC", "pixel AUROC": "pixel_AUROC", "PRO": "pixel_AUPRO"}
 
 
 def build_dinomaly(weights: Path) -> Dinomaly:
@@ -103,10 +98,7 @@ def train_and_test(name: str, args: argparse.Namespace) -> dict[str, float]:
     trained.fit(model, datamodule=datamodule)
     seconds = time.time() - begun
     [metrics] = trained.test(model, datamodule=datamodule, verbose=False)
-    return {key: metrics[value] for key, value in METRICS.items()} | {
-        "steps": trained.trainer.global_step,
-        "fit, s": seconds,
-    }
+    return accuracy(metrics) | {"steps": trained.trainer.global_step, "fit, s": seconds}
 
 
 def main() -> None:
@@ -122,15 +114,9 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.INFO)
-    path = args.output / f"{args.category}.json"
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    rows: dict[str, dict[str, float]] = stored.get("rows", {})
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    rows = Rows(args.output / f"{args.category}.json")
     for name in args.models:
-        rows[name] = rows.get(name) or train_and_test(name, args)
-        write_whole(path, json.dumps({"machine": machine, "seed": SEED, "rows": rows}, indent=2).encode())
-        table = pd.DataFrame([{"model": key, **row} for key, row in rows.items()])
-        print(table.to_markdown(index=False, floatfmt=".4g"), flush=True)
+        rows.measure(name, partial(train_and_test, name, args))
 
 
 if __name__ == "__main__":

@@ -13,17 +13,14 @@ and ``CATEGORY.png``, and prints a table.
 """
 
 import argparse
-import json
 import logging
 import math
-import os
-import platform
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 import yaml
 from anomalib.data import MVTecAD
@@ -33,9 +30,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from anomalib_recon.config_files import config_path
-from anomalib_recon.files import write_whole
 from anomalib_recon.models import InTra
 from anomalib_recon.models.intra.loss import InTraLoss
+from benchmarks.rows import Rows, accuracy
 
 SEED = 0
 NUM_GOOD_IMAGES = 8
@@ -71,7 +68,7 @@ def measure_painting(checkpoint: str, datamodule: MVTecAD) -> dict[str, float]:
     return {"loss": loss, "PSNR": -10 * math.log10(error)}
 
 
-def measure(recipe: str, minutes: float, args: argparse.Namespace) -> dict[str, float]:
+def measure(recipe: str, minutes: float, args: argparse.Namespace) -> dict[str, Any]:
     """Train for so many minutes, and test."""
     seed_everything(SEED, verbose=False)
     model = InTra(**arguments_of(recipe), visualizer=False)
@@ -86,22 +83,21 @@ def measure(recipe: str, minutes: float, args: argparse.Namespace) -> dict[str, 
     [metrics] = engine.test(model, datamodule=datamodule, verbose=False)
     figures = measure_painting(engine.best_model_path, datamodule)
     return {
+        "recipe": recipe,
         "minutes": minutes,
         **figures,
-        "image AUROC": metrics["image_AUROC"],
-        "pixel AUROC": metrics["pixel_AUROC"],
-        "PRO": metrics["pixel_AUPRO"],
+        **accuracy(metrics),
         "steps": engine.trainer.global_step,
         "fit, s": seconds,
         "fit, CPU s": cpu_seconds,
     }
 
 
-def plot(rows: dict[str, dict[str, float]], path: Path) -> None:
+def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, column in zip(figure.subplots(1, 3), ("loss", "image AUROC", "pixel AUROC"), strict=True):
         for recipe in RECIPES:
-            points = sorted((row["minutes"], row[column]) for name, row in rows.items() if row["recipe"] == recipe)
+            points = sorted((row["minutes"], row[column]) for row in rows.values() if row["recipe"] == recipe)
             if points:
                 axes.plot(*zip(*points, strict=True), "o-", label=recipe)
         axes.set(xlabel="minutes of training", ylabel=column, xscale="log")
@@ -121,17 +117,11 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.INFO)
-    path = args.output / f"{args.category}.json"
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    rows: dict[str, dict[str, Any]] = stored.get("rows", {})
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    rows = Rows(args.output / f"{args.category}.json")
     for minutes in args.minutes:
         for recipe in args.recipes:
-            name = f"{recipe}, {minutes:g} min"
-            rows[name] = rows.get(name) or {"recipe": recipe, **measure(recipe, minutes, args)}
-            write_whole(path, json.dumps({"machine": machine, "seed": SEED, "rows": rows}, indent=2).encode())
-            plot(rows, path.with_suffix(".png"))
-            print(pd.DataFrame(rows.values()).to_markdown(index=False, floatfmt=".4g"), flush=True)
+            rows.measure(f"{recipe}, {minutes:g} min", partial(measure, recipe, minutes, args))
+            plot(rows.figures, rows.path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -12,16 +12,14 @@ not in it. Prints a table and writes it as JSON. What is in the file is not meas
 import argparse
 import json
 import logging
-import os
-import platform
 import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import yaml
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
@@ -30,9 +28,9 @@ from lightning import seed_everything
 
 from anomalib_recon import models
 from anomalib_recon.config_files import config_path
-from anomalib_recon.files import write_whole
 from anomalib_recon.layers import create_backbone
 from anomalib_recon.metrics import RawScoreEvaluator
+from benchmarks.rows import Rows, accuracy
 
 SEED = 0
 CONFIGS = {
@@ -98,9 +96,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
         "start, s": figures["begun"] - start,
         "fit, s": figures["ended"] - figures["begun"],
         "in all, s": figures["ended"] - start,
-        "image AUROC": figures["image_AUROC"],
-        "pixel AUROC": figures["pixel_AUROC"],
-        "PRO": figures["pixel_AUPRO"],
+        **accuracy(figures),
     }
 
 
@@ -118,14 +114,9 @@ def main() -> None:
     if args.process:
         print(json.dumps(train_and_test(args.process, args)))
         return
-    path = args.output / f"{args.category}.json"
-    figures = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    figures["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
+    rows = Rows(args.output / f"{args.category}.json")
     for name in args.models:
-        figures[name] = figures.get(name) or measure(name, args)
-        write_whole(path, json.dumps(figures, indent=2).encode())
-        rows = [{"model": key, **row} for key, row in figures.items() if key != "machine"]
-        print(pd.DataFrame(rows).to_markdown(index=False, floatfmt=".3f"), flush=True)
+        rows.measure(name, partial(measure, name, args))
 
 
 if __name__ == "__main__":

@@ -7,16 +7,15 @@
 A ``constant`` predicts the mean of each place, a ``PCA`` the principal components, of all cells together, that hold a
 share of the variance. What they miss is measured by its L2 norm, each layer brought to one scale, or by the Mahalanobis
 distance of the recommended models. The image's score is the mean of the highest 1 % of the map. No value depends on a
-seed. Prints a table and writes it as JSON, of which what is there is not measured again.
+seed. Prints tables and writes them as JSON.
 """
 
 import argparse
-import json
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
-import pandas as pd
 import torch
 from anomalib.data import ImageBatch, MVTecAD
 from torch import Tensor
@@ -24,11 +23,11 @@ from torch.nn import functional
 from torchvision.transforms.v2 import Transform
 from torchvision.transforms.v2.functional import resize
 
-from anomalib_recon.files import write_whole
 from anomalib_recon.layers import FeatureScale, ResidualDistance, create_dense_features
 from anomalib_recon.layers.top_mean import top_mean
 from anomalib_recon.metrics import AUPRO, AUROC
 from anomalib_recon.models import SAAE
+from benchmarks.rows import Rows
 
 BATCH_SIZE = 16
 TOP_FRACTION = 0.01
@@ -76,7 +75,7 @@ def score(distances: Tensor, masks: Tensor) -> dict[str, float]:
     return {name: float(metric.compute()) for name, metric in metrics.items()}
 
 
-def measure(category: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+def measure(category: str, args: argparse.Namespace) -> None:
     size = (args.image_size, args.image_size)
     backbone = create_dense_features(
         args.backbone, args.layers, size, args.feature_stride, pre_trained=False, weights=args.weights
@@ -97,13 +96,14 @@ def measure(category: str, args: argparse.Namespace) -> dict[str, dict[str, floa
         rest = torch.eye(components.shape[1]) - components.T @ components
         name = f"PCA, {share:.0%} of the variance, {len(components)} components"
         residuals[name] = tuple(torch.einsum("cd,bdhw->bchw", rest, part) for part in (train, test))
-    rows = {}
+    rows = Rows(args.output / f"{category}.json")
     for name, (normal, tested) in residuals.items():
-        rows[f"{name}, L2"] = score(torch.linalg.vector_norm(tested, dim=1, keepdim=True), masks)
+        distances = torch.linalg.vector_norm(tested, dim=1, keepdim=True)
+        rows.measure(f"{name}, L2", partial(score, distances, masks))
         mahalanobis = ResidualDistance(backbone.num_channels, backbone.grid_size)
         mahalanobis.fit([normal])
-        rows[f"{name}, Mahalanobis"] = score(mahalanobis(tested, torch.zeros_like(tested)), masks)
-    return rows
+        distances = mahalanobis(tested, torch.zeros_like(tested))
+        rows.measure(f"{name}, Mahalanobis", partial(score, distances, masks))
 
 
 def main() -> None:
@@ -120,11 +120,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     for category in args.categories:
-        path = args.output / f"{category}.json"
-        if not path.exists():
-            write_whole(path, json.dumps(measure(category, args), indent=2).encode())
-        table = pd.DataFrame(json.loads(path.read_text(encoding="utf-8"))).T
-        print(f"{category}\n\n{table.to_markdown(floatfmt='.3f')}\n", flush=True)
+        measure(category, args)
 
 
 if __name__ == "__main__":

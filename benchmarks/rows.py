@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Rows of figures that a benchmark writes as they come, and does not measure again."""
+
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from anomalib_recon.files import write_whole
+
+
+class Rows:
+    """Figures by the name of their row, in a JSON file beside the class of the machine.
+
+    Args:
+        path (Path): The file. What it has is kept.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self.figures: dict[str, dict[str, Any]] = stored.get("rows", {})
+
+    def measure(self, name: str, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Add a row, unless it is there, write all, and print them as a table.
+
+        Args:
+            name (str): Name of the row.
+            function (Callable[[], dict[str, Any]]): What measures its figures.
+
+        Returns:
+            dict[str, Any]: The figures of the row.
+        """
+        if name not in self.figures:
+            self.figures[name] = function()
+            machine = f"{platform.machine()}, {os.cpu_count()} cores"
+            write_whole(self.path, json.dumps({"machine": machine, "rows": self.figures}, indent=2).encode())
+        print(f"{self.path.stem}\n\n{pd.DataFrame(self.figures).T.to_markdown(floatfmt='.4g')}\n", flush=True)
+        return self.figures[name]
+
+
+def accuracy(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of a test by the names that tables have."""
+    names = {"image AUROC": "image_AUROC", "pixel AUROC": "pixel_AUROC", "PRO": "pixel_AUPRO"}
+    return {name: metrics[key] for name, key in names.items()}

@@ -32,12 +32,13 @@ from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from anomalib_recon.layers import ScaleBy, check_finite, check_positive, check_whole
+from anomalib_recon.layers.whitening import VECTORS_PER_PART
 from anomalib_recon.models.base import ReconstructionModule
 from anomalib_recon.training import FeatureCache, map_images, normal_images, own_share
 
 from .defects import KINDS, ArtificialDefects
 from .loss import HybridLoss
-from .normal_bank import draw_vectors, select_coreset
+from .normal_bank import draw_vectors, select_coreset, stack_parts
 from .torch_model import PatchAEModel
 
 
@@ -276,11 +277,12 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
             codes = self.model.embed(self.tiles(batch)).float().movedim(1, -1)  # (b, h, w, D), of all tiles
             return draw_vectors(codes.reshape(num_images, -1, codes.shape[-1]), per_image)
 
-        vectors = torch.cat(list(map_images(self.trainer, self, share, candidates)))  # (M, D)
+        vectors = stack_parts(map_images(self.trainer, self, share, candidates), len(share)).flatten(0, 1)  # (M, D)
         if self.trainer.world_size > 1:
             vectors = torch.cat(gather_all_tensors(vectors))
         self.model.whitening.fit(vectors)
-        vectors = self.model.whitening.whiten(vectors)
+        for part in vectors.split(VECTORS_PER_PART):  # in place, as there may be gigabytes
+            part.copy_(self.model.whitening.whiten(part))
         # one process selects, for all to have the same
         coreset = select_coreset(vectors, self.coreset_ratio).cpu() if self.trainer.is_global_zero else torch.empty(0)
         self.model.bank.fill(self.trainer.strategy.broadcast(coreset).to(self.device))

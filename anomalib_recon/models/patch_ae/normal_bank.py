@@ -11,6 +11,8 @@ Example:
     torch.Size([2, 1, 8, 8])
 """
 
+from collections.abc import Iterable
+
 import torch
 from anomalib.models.components import DynamicBufferMixin
 from torch import Tensor
@@ -117,12 +119,34 @@ def draw_vectors(vectors: Tensor, number: int | None) -> Tensor:
         number (int | None): How many of the m to draw; ``None``, or more than there are, takes all.
 
     Returns:
-        Tensor: Vectors of shape ``(B * number, D)``.
+        Tensor: Vectors of shape ``(B, number, D)``.
     """
     if number is None or number >= vectors.shape[1]:
-        return vectors.flatten(0, 1)
+        return vectors
     drawn = torch.rand(vectors.shape[:2]).argsort(dim=1)[:, :number].to(vectors.device)
-    return vectors.take_along_dim(drawn[..., None], dim=1).flatten(0, 1)
+    return vectors.take_along_dim(drawn[..., None], dim=1)
+
+
+def stack_parts(parts: Iterable[Tensor], total: int) -> Tensor:
+    """Concatenate parts as they come.
+
+    Parts that are kept until the last one would lie between what is freed after each, and keep memory from being used
+    again: several times as much as they take themselves.
+
+    Args:
+        parts (Iterable[Tensor]): Parts of shape ``(b, ...)``.
+        total (int): Sum of all b.
+
+    Returns:
+        Tensor: Tensor of shape ``(total, ...)``.
+    """
+    stacked, start = torch.empty(0), 0
+    for part in parts:
+        if start == 0:
+            stacked = part.new_empty(total, *part.shape[1:])
+        stacked[start : start + len(part)] = part
+        start += len(part)
+    return stacked
 
 
 def select_coreset(vectors: Tensor, ratio: float) -> Tensor:

@@ -128,10 +128,7 @@ def draw_vectors(vectors: Tensor, number: int | None) -> Tensor:
 
 
 def stack_parts(parts: Iterable[Tensor], total: int) -> Tensor:
-    """Concatenate parts as they come.
-
-    Parts that are kept until the last one would lie between what is freed after each, and keep memory from being used
-    again: several times as much as they take themselves.
+    """Concatenate parts as they come, so that they are not in memory beside the result.
 
     Args:
         parts (Iterable[Tensor]): Parts of shape ``(b, ...)``.

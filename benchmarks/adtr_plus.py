@@ -25,6 +25,7 @@ import yaml
 from anomalib.data.utils.generators import PerlinAnomalyGenerator
 from anomalib.engine import Engine
 from lightning import seed_everything
+from lightning.pytorch.trainer.states import TrainerFn
 from torchvision.transforms.v2.functional import to_pil_image
 
 from anomalib_recon.config_files import config_path
@@ -61,7 +62,7 @@ def build_data(source: str, args: argparse.Namespace) -> LabelledFolder:
         mask_dir=masks, train_abnormal_dir=defects, train_mask_dir=masks, num_train_abnormal=args.defects,
         train_batch_size=16, eval_batch_size=16, num_workers=0, seed=SEED,
     )  # fmt: skip
-    datamodule.setup()
+    datamodule.setup(TrainerFn.FITTING)
     if source != "labelled defects":
         samples = datamodule.train_data.samples
         good = samples[samples.label_index == 0].reset_index(drop=True)

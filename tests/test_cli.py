@@ -21,7 +21,7 @@ from anomalib_recon.models import InTra
 from tests.conftest import write_stripes
 from tests.tiny_models import TINY
 
-SMALL = {"patch_size": 8, "window_size": 5, "embed_dim": 16, "depth": 2, "num_heads": 2, "windows_per_image": 10}
+SMALL = {"patch_size": 8, "window_size": 5, "embed_dim": 16, "depth": 1, "num_heads": 2, "windows_per_image": 10}
 # the loss of an untrainable network does not fall, so that training ends by itself
 SHORT = {**SMALL, "image_size": 64, "learning_rate": 1e-12, "patience": 1}
 

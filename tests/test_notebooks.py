@@ -93,7 +93,7 @@ def test_compare_models(shell: Shell) -> None:
 
 
 def test_adtr_plus(shell: Shell) -> None:
-    names, outputs = execute(shell, "04_adtr_plus", EPOCHS=3, PLUS_EPOCHS=1)
+    names, outputs = execute(shell, "04_adtr_plus", EPOCHS=2, PLUS_EPOCHS=1)
     table = names["table"]
     assert list(table.index) == ["ADTR", "ADTR, trained longer", "ADTR+"]
     assert (table["pixel_AUROC"] > 0.6).all()

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -242,39 +239,6 @@ def test_bf16_mixed_precision_trains(stripes: Path, tmp_path: Path) -> None:
     model, _ = train(stripes, tmp_path, precision="bf16-mixed", max_epochs=1)
     assert model.model.bank.vectors.dtype == torch.float32
     assert bool(model.post_processor.image_threshold.isfinite())
-
-
-def test_two_processes_train_one_model_with_one_bank(stripes: Path, tmp_path: Path) -> None:
-    script = tmp_path / "ddp.py"
-    script.write_text(
-        "import sys\n"
-        "from pathlib import Path\n"
-        "import torch\n"
-        "from tests.patch_ae.test_training import SMALL, train\n"
-        "from anomalib_recon.models import PatchAE\n"
-        "root, folder = map(Path, sys.argv[1:])\n"
-        "model = PatchAE(**{**SMALL, 'coreset_ratio': 1.0})\n"
-        "_, engine = train(root, folder, model=model, devices=2, strategy='ddp')\n"
-        "torch.save(model.state_dict(), folder / f'rank{engine.trainer.global_rank}.pt')\n"
-    )
-    project = Path(__file__).parents[2]
-    subprocess.run(
-        [sys.executable, str(script), str(stripes), str(tmp_path)],
-        check=True,
-        cwd=project,
-        env={**os.environ, "PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
-    for name, value in first.items():
-        assert torch.equal(second[name], value), name
-    model = PatchAE(**{**SMALL, "coreset_ratio": 1.0})
-    model.load_state_dict(first)
-    # the images of both processes are in the bank, each once
-    expected, bank = features_of(model, stripes), first["model.bank.vectors"]
-    assert bank.shape == expected.shape
-    distances = torch.cdist(expected, bank, compute_mode="donot_use_mm_for_euclid_dist")
-    assert float(distances.amin(dim=1).max()) < 1e-4
 
 
 def test_demo_data_floor_with_an_untrained_backbone(drawn: Path, tmp_path: Path) -> None:

@@ -162,17 +162,19 @@ def select_coreset(vectors: Tensor, ratio: float) -> Tensor:
     """
     if ratio == 1:
         return vectors
+    selected = torch.empty(int(ratio * len(vectors)), dtype=torch.long, device=vectors.device)
+    index = torch.randint(len(vectors), ()).to(vectors.device)
     squares = vectors.square().sum(dim=1)  # (M,)
     closest = torch.full_like(squares, torch.inf)  # squared distance to the nearest selected vector
-    index = torch.randint(len(vectors), ()).to(vectors.device)
-    selected = []
-    for _ in range(int(ratio * len(vectors))):
-        selected.append(index)
-        distances = torch.addmv(squares, vectors, vectors[index], alpha=-2) + squares[index]
-        closest = torch.minimum(closest, distances)
+    # in place: new tensors of each step, with small ones kept between them, would take gigabytes
+    distances = torch.empty_like(squares)
+    for step in range(len(selected)):
+        selected[step] = index
+        torch.addmv(squares, vectors, vectors[index], alpha=-2, out=distances).add_(squares[index])
+        torch.minimum(closest, distances, out=closest)
         closest[index] = -torch.inf  # never again
-        index = closest.argmax()
-    return vectors[torch.stack(selected)]
+        torch.argmax(closest, out=index)
+    return vectors[selected]
 
 
 def _none_found(queries: Tensor) -> tuple[Tensor, Tensor]:

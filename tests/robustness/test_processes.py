@@ -253,6 +253,7 @@ def test_two_processes_come_to_the_result_of_one(two_processes: Path, run: str, 
     for key in one.keys() - trained - thresholds:
         if key == "model.bank.vectors":  # in another order, and shifted alike with what is compared with them
             vectors, others = (state[key] - state[key].mean(dim=0) for state in (one, two))
+            assert others.shape == vectors.shape  # each image once
             distances = torch.cdist(vectors, others, compute_mode="donot_use_mm_for_euclid_dist")
             for nearest in (distances.amin(dim=0), distances.amin(dim=1)):
                 assert nearest.max() <= TOLERANCE * vectors.std(dim=0).norm()

@@ -13,7 +13,6 @@ measured again.
 
 import argparse
 import logging
-import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,6 @@ import pandas as pd
 import torch
 import yaml
 from anomalib.data.utils.generators import PerlinAnomalyGenerator
-from anomalib.engine import Engine
 from lightning import seed_everything
 from lightning.pytorch.trainer.states import TrainerFn
 from torchvision.transforms.v2.functional import to_pil_image
@@ -31,7 +29,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 from anomalib_recon.config_files import config_path
 from anomalib_recon.data import LabelledFolder
 from anomalib_recon.models import ADTR
-from benchmarks.rows import Rows, accuracy
+from benchmarks.rows import Rows
+from benchmarks.trainings import BATCHES, create_engine, fit_and_test
 
 SEED = 0
 SOURCES = ("none", "confetti", "labelled defects", "Perlin noise")
@@ -60,7 +59,7 @@ def build_data(source: str, args: argparse.Namespace) -> LabelledFolder:
     datamodule = LabelledFolder(
         name=args.category, root=root, normal_dir="train/good", normal_test_dir="test/good", abnormal_dir=defects,
         mask_dir=masks, train_abnormal_dir=defects, train_mask_dir=masks, num_train_abnormal=args.defects,
-        train_batch_size=16, eval_batch_size=16, num_workers=0, seed=SEED,
+        seed=SEED, **BATCHES,
     )  # fmt: skip
     datamodule.setup(TrainerFn.FITTING)
     if source != "labelled defects":
@@ -77,15 +76,8 @@ def build_data(source: str, args: argparse.Namespace) -> LabelledFolder:
 
 
 def train_and_test(model: ADTR, datamodule: LabelledFolder, epochs: int, args: argparse.Namespace) -> dict[str, Any]:
-    engine = Engine(
-        default_root_dir=args.output / "trainings", max_epochs=epochs, accelerator="cpu", devices=1,
-        precision=args.precision, enable_progress_bar=False, logger=False,
-    )  # fmt: skip
-    begun = time.time()
-    engine.fit(model, datamodule=datamodule)
-    seconds = time.time() - begun
-    [metrics] = engine.test(model, datamodule=datamodule, verbose=False)
-    return accuracy(metrics) | {"fit, s": seconds, "checkpoint": engine.best_model_path}
+    engine = create_engine(args.output / "trainings", args.precision, max_epochs=epochs)
+    return fit_and_test(engine, model, datamodule) | {"checkpoint": engine.best_model_path}
 
 
 def main() -> None:

@@ -24,7 +24,6 @@ from unittest.mock import patch
 import timm
 import yaml
 from anomalib.data import MVTecAD
-from anomalib.engine import Engine
 from anomalib.models import Dinomaly
 from anomalib.models.image.dinomaly import torch_model as dinomaly
 from lightning import seed_everything
@@ -33,7 +32,8 @@ from lightning.pytorch.callbacks import Callback
 from anomalib_recon.config_files import config_path
 from anomalib_recon.metrics import RawScoreEvaluator
 from anomalib_recon.models import SAAE, FeatureInpainting
-from benchmarks.rows import Rows, accuracy
+from benchmarks.rows import Rows
+from benchmarks.trainings import BATCHES, create_engine, fit_and_test
 
 SEED = 0
 BACKBONE, IMAGE_SIZE = "vit_tiny_patch16_224", 384
@@ -75,13 +75,8 @@ class Clock(Callback):
 
 
 def train_and_test(name: str, args: argparse.Namespace) -> dict[str, float]:
-    def engine(**arguments: Any) -> Engine:
-        return Engine(
-            default_root_dir=args.output / "trainings", accelerator="cpu", devices=1, precision=args.precision,
-            enable_progress_bar=False, logger=False, **arguments,
-        )  # fmt: skip
-
-    datamodule = MVTecAD(root=args.root, category=args.category, train_batch_size=16, eval_batch_size=16, num_workers=0)
+    engine = partial(create_engine, args.output / "trainings", args.precision)
+    datamodule = MVTecAD(root=args.root, category=args.category, **BATCHES)
     seed_everything(SEED, verbose=False)
     model: Any = build_dinomaly(args.weights) if name == "Dinomaly" else build_own(name, args.weights)
     ends: dict[str, Any] = {"max_epochs": 1}
@@ -94,11 +89,7 @@ def train_and_test(name: str, args: argparse.Namespace) -> dict[str, float]:
         )
         ends = {"max_steps": int(60 * args.minutes / probe.seconds_per_step())}
     trained = engine(**ends)
-    begun = time.time()
-    trained.fit(model, datamodule=datamodule)
-    seconds = time.time() - begun
-    [metrics] = trained.test(model, datamodule=datamodule, verbose=False)
-    return accuracy(metrics) | {"steps": trained.trainer.global_step, "fit, s": seconds}
+    return fit_and_test(trained, model, datamodule) | {"steps": trained.trainer.global_step}
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ and ``CATEGORY.png``, and prints a table.
 import argparse
 import logging
 import math
-import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,6 @@ from typing import Any
 import torch
 import yaml
 from anomalib.data import MVTecAD
-from anomalib.engine import Engine
 from lightning import seed_everything
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -32,7 +30,8 @@ from torch import Tensor
 from anomalib_recon.config_files import config_path
 from anomalib_recon.models import InTra
 from anomalib_recon.models.intra.loss import InTraLoss
-from benchmarks.rows import Rows, accuracy
+from benchmarks.rows import Rows
+from benchmarks.trainings import create_engine, fit_and_test
 
 SEED = 0
 NUM_GOOD_IMAGES = 8
@@ -73,24 +72,10 @@ def measure(recipe: str, minutes: float, args: argparse.Namespace) -> dict[str, 
     seed_everything(SEED, verbose=False)
     model = InTra(**arguments_of(recipe), visualizer=False)
     datamodule = MVTecAD(root=args.root, category=args.category, eval_batch_size=16, num_workers=0)
-    engine = Engine(
-        default_root_dir=args.output / "trainings", max_epochs=-1, max_time={"seconds": round(60 * minutes)},
-        accelerator="cpu", devices=1, precision=args.precision, enable_progress_bar=False, logger=False,
-    )  # fmt: skip
-    begun, cpu_begun = time.time(), time.process_time()
-    engine.fit(model, datamodule=datamodule)
-    seconds, cpu_seconds = time.time() - begun, time.process_time() - cpu_begun
-    [metrics] = engine.test(model, datamodule=datamodule, verbose=False)
-    figures = measure_painting(engine.best_model_path, datamodule)
-    return {
-        "recipe": recipe,
-        "minutes": minutes,
-        **figures,
-        **accuracy(metrics),
-        "steps": engine.trainer.global_step,
-        "fit, s": seconds,
-        "fit, CPU s": cpu_seconds,
-    }
+    max_time = {"seconds": round(60 * minutes)}
+    engine = create_engine(args.output / "trainings", args.precision, max_epochs=-1, max_time=max_time)
+    figures = fit_and_test(engine, model, datamodule) | measure_painting(engine.best_model_path, datamodule)
+    return {"recipe": recipe, "minutes": minutes, **figures, "steps": engine.trainer.global_step}
 
 
 def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:

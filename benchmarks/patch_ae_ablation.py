@@ -12,60 +12,66 @@ and in minutes, to see it work::
     python -m benchmarks.patch_ae_ablation --demo grid --image_size 64 --epochs 1 --max_train_images 20 \
         --backbone resnet18 --rows full untrained
 
-Trains and tests with anomalib's engine and prints AUROC and AUPRO on raw scores. The figures are written to
-``--output`` after each row. Training images are drawn with the seed if there are more than ``--max_train_images``.
+Trains and tests with anomalib's engine, and takes AUROC and AUPRO on raw scores. Training images are drawn with the
+seed if there are more than ``--max_train_images``. Prints a table for each data set and writes it as JSON, of which
+what is there is not measured again.
 """
 
 import argparse
-import json
-import time
+import logging
+import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from anomalib.data import AnomalibDataModule, MVTecAD
-from anomalib.engine import Engine
 from anomalib.models import AnomalibModule, Patchcore
 from lightning import seed_everything
-from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_recon.data import DemoAD
-from anomalib_recon.files import write_whole
 from anomalib_recon.layers import create_backbone, stage_strides
 from anomalib_recon.metrics import RawScoreEvaluator
 from anomalib_recon.models import PatchAE
+from benchmarks.rows import Rows
+from benchmarks.trainings import BATCHES, create_engine, fit_and_test, keep_training_images
 
+NUM_LAYERS = 4
 # an epoch of these learns the statistics of the stages, and no weights
 NO_STEPS = {"trained_stages": 0, "learning_rate": 1e-12}
-# what each row changes; each but the first is scored by its bank
+PLAIN = {"patch_wise": False, "defect_probability": 0.0}
+# what each row changes
 ROWS: dict[str, dict[str, Any]] = {
-    "plain, by reconstruction error": {"patch_wise": False, "defect_probability": 0.0, "score_by": "reconstruction"},
-    "plain": {"patch_wise": False, "defect_probability": 0.0},
+    # 256 pixels of 3 channels become 16 values, through convolutions that see their neighbours
+    "plain, 16 values a patch, by error": {**PLAIN, "patch_size": 16, "embed_dim": 16, "score_by": "reconstruction"},
+    "plain, by error": {**PLAIN, "score_by": "reconstruction"},
+    "plain": PLAIN,
     "patch-wise": {"defect_probability": 0.0},
     "defects": {"patch_wise": False},
     "full": {},
+    "full, patches of 4": {"patch_size": 4},
+    "full, patches of 16": {"patch_size": 16},
+    "full, patches of 32": {"patch_size": 32},
     "full, all stages trained": {"trained_stages": 4},
-    "full, by stages": {"embed_dim": None},
+    "full, without projection": {"embed_dim": None},
+    "full, one scale a stage": {"feature_scale": "stage"},
+    "full, one scale a stage, without the last": {"feature_scale": "stage", "num_layers": 3},
     "untrained": NO_STEPS,
-    "untrained, by stages": {**NO_STEPS, "embed_dim": None},
+    "untrained, without projection": {**NO_STEPS, "embed_dim": None},
+    "untrained, one scale a stage": {**NO_STEPS, "feature_scale": "stage"},
+    "untrained, one scale a stage, without the last": {**NO_STEPS, "feature_scale": "stage", "num_layers": 3},
     "PatchCore": {},
 }
-NOT_TRAINED = {"untrained", "untrained, by stages", "PatchCore"}
-METRICS = {"image_AUROC": "image AUROC", "pixel_AUROC": "pixel AUROC", "pixel_AUPRO": "PRO"}
+NOT_TRAINED = {name for name in ROWS if name.startswith(("untrained", "PatchCore"))}
 
 
 def datamodules(arguments: argparse.Namespace) -> Iterator[AnomalibDataModule]:
     """The data sets, with as many training images as asked for."""
-    sizes = {"train_batch_size": arguments.batch_size, "eval_batch_size": arguments.batch_size, "num_workers": 0}
-    drawn: list[AnomalibDataModule] = [DemoAD(category=category, **sizes) for category in arguments.demo]
-    real = [MVTecAD(root=arguments.root, category=category, **sizes) for category in arguments.categories]
+    drawn: list[AnomalibDataModule] = [DemoAD(category=category, **BATCHES) for category in arguments.demo]
+    real = [MVTecAD(root=arguments.root, category=category, **BATCHES) for category in arguments.categories]
     for datamodule in drawn + real:
-        datamodule.setup(TrainerFn.FITTING)
-        count = len(datamodule.train_data)
-        kept = torch.randperm(count, generator=torch.Generator().manual_seed(arguments.seed))
-        datamodule.train_data = datamodule.train_data.subsample(sorted(kept[: arguments.max_train_images].tolist()))
+        keep_training_images(datamodule, arguments.max_train_images, arguments.seed)
         yield datamodule
 
 
@@ -94,8 +100,12 @@ def patchcore(arguments: argparse.Namespace) -> Patchcore:
 
 
 def patch_ae(row: str, arguments: argparse.Namespace) -> PatchAE:
+    changes = dict(ROWS[row])
+    num_layers = changes.pop("num_layers", NUM_LAYERS)
+    layers = list(stage_strides(arguments.backbone))[-NUM_LAYERS:][:num_layers]
     return PatchAE(
         backbone=arguments.backbone,
+        layers=layers,
         pre_trained=not arguments.not_pre_trained,
         backbone_weights=arguments.backbone_weights,
         image_size=arguments.image_size,
@@ -105,37 +115,21 @@ def patch_ae(row: str, arguments: argparse.Namespace) -> PatchAE:
             "learning_rate": arguments.learning_rate,
             "backbone_learning_rate": arguments.backbone_learning_rate,
             "alpha": arguments.alpha,
-            **ROWS[row],
+            **changes,
         },
     )
 
 
-def run(row: str, datamodule: AnomalibDataModule, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(row: str, datamodule: AnomalibDataModule, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train and test one row."""
-    seed_everything(arguments.seed)
+    seed_everything(arguments.seed, verbose=False)
     model: AnomalibModule = patchcore(arguments) if row == "PatchCore" else patch_ae(row, arguments)
-    start = time.monotonic()
+    # half precision would move PatchCore's distances
+    precision = "32" if row == "PatchCore" else arguments.precision
+    epochs = 1 if row in NOT_TRAINED else arguments.epochs
     with TemporaryDirectory() as folder:
-        engine = Engine(
-            # half precision would move PatchCore's distances
-            precision="32" if row == "PatchCore" else arguments.precision,
-            max_epochs=1 if row in NOT_TRAINED else arguments.epochs,
-            limit_val_batches=0,
-            logger=False,
-            enable_progress_bar=False,
-            default_root_dir=folder,
-        )
-        engine.fit(model, datamodule=datamodule)
-        (figures,) = engine.test(model, datamodule=datamodule, verbose=False)
-    return {
-        "data": datamodule.category,
-        "row": row,
-        "epochs": 0 if row in NOT_TRAINED else arguments.epochs,
-        "train images": len(datamodule.train_data),
-        **{title: round(float(figures[name]), 4) for name, title in METRICS.items()},
-        "seed": arguments.seed,
-        "seconds": round(time.monotonic() - start),
-    }
+        engine = create_engine(Path(folder), precision, max_epochs=epochs, limit_val_batches=0)
+        return fit_and_test(engine, model, datamodule)
 
 
 def main() -> None:
@@ -149,7 +143,6 @@ def main() -> None:
     parser.add_argument("--not_pre_trained", action="store_true", help="random weights of the backbone")
     parser.add_argument("--image_size", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--backbone_learning_rate", type=float, default=2e-5)
     parser.add_argument("--alpha", type=float, default=0.5)
@@ -157,18 +150,14 @@ def main() -> None:
     parser.add_argument("--max_train_images", type=int, default=1_000_000)
     parser.add_argument("--precision", choices=["32", "bf16-mixed"], default="32")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("results/patch_ae_ablation.json"))
+    parser.add_argument("--output", type=Path, default=Path("results/patch_ae_ablation"))
     arguments = parser.parse_args()
-
-    rows: list[dict[str, Any]] = []
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.INFO)
     for datamodule in datamodules(arguments):
+        rows = Rows(arguments.output / f"{datamodule.category}.json")
         for row in arguments.rows:
-            rows.append(run(row, datamodule, arguments))
-            print(rows[-1], flush=True)
-            write_whole(arguments.output, json.dumps(rows, indent=1).encode())
-    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(map(str, row.values())) + " |")
+            rows.measure(row, partial(measure, row, datamodule, arguments))
 
 
 if __name__ == "__main__":

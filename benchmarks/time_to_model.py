@@ -6,7 +6,8 @@
 
 Each model trains in a process of its own, by its recommended config; the built-in ones take the same backbone and image
 size. ``start`` is the time until the fit begins, ``fit`` that of the fit with the thresholds; the test that follows is
-not in it. Prints a table and writes it as JSON. What is in the file is not measured again.
+not in it. Training images are drawn with the seed if there are more than ``--max_train_images``. Prints a table and
+writes it as JSON. What is in the file is not measured again.
 """
 
 import argparse
@@ -22,7 +23,6 @@ from typing import Any
 
 import yaml
 from anomalib.data import MVTecAD
-from anomalib.engine import Engine
 from anomalib.models import Padim, Patchcore
 from lightning import seed_everything
 
@@ -30,9 +30,9 @@ from anomalib_recon import models
 from anomalib_recon.config_files import config_path
 from anomalib_recon.layers import create_backbone
 from anomalib_recon.metrics import RawScoreEvaluator
-from benchmarks.rows import Rows, accuracy
+from benchmarks.rows import Rows
+from benchmarks.trainings import BATCHES, create_engine, fit_and_test, keep_training_images
 
-SEED = 0
 CONFIGS = {
     "FeatureInpainting": "model/feature_inpainting.yaml",
     "ADTR": "recommended/adtr.yaml",
@@ -65,39 +65,31 @@ def build_built_in(name: str, weights: Path) -> Any:
     return model
 
 
-def train_and_test(name: str, args: argparse.Namespace) -> dict[str, float]:
-    """Train a model in this process; the times are stamps of the clock."""
+def train_and_test(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Train a model in this process; ``begun`` is a stamp of the clock."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.INFO)
-    seed_everything(SEED)
+    [seed] = args.seeds
+    seed_everything(seed)
     if name in CONFIGS:
         model, epochs = build_own(name, backbone_weights=args.weights)
     else:
         model, epochs = build_built_in(name, args.weights), 1
-    datamodule = MVTecAD(root=args.root, category=args.category, train_batch_size=16, eval_batch_size=16, num_workers=0)
-    engine = Engine(
-        default_root_dir=args.output / name.replace(" ", "_"), max_epochs=epochs, accelerator="cpu", devices=1,
-        precision=args.precision if name in CONFIGS else "32", enable_progress_bar=False, logger=False,
-    )  # fmt: skip
+    datamodule = MVTecAD(root=args.root, category=args.category, **BATCHES)
+    keep_training_images(datamodule, args.max_train_images, seed)
+    precision = args.precision if name in CONFIGS else "32"
+    engine = create_engine(args.output / name.replace(" ", "_"), precision, max_epochs=epochs)
     begun = time.time()
-    engine.fit(model, datamodule=datamodule)
-    ended = time.time()
-    [metrics] = engine.test(model, datamodule=datamodule, verbose=False)
-    return {"images": len(datamodule.train_data), "begun": begun, "ended": ended, **metrics}
+    return fit_and_test(engine, model, datamodule) | {"begun": begun}
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.time_to_model", *sys.argv[1:], "--process", name]
+def measure(name: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
+    process = ["--process", name, "--seeds", str(seed)]
+    command = [sys.executable, "-m", "benchmarks.time_to_model", *sys.argv[1:], *process]
     start = time.time()
     lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
     figures = json.loads(lines[-1])
-    return {
-        "images": figures["images"],
-        "start, s": figures["begun"] - start,
-        "fit, s": figures["ended"] - figures["begun"],
-        "in all, s": figures["ended"] - start,
-        **accuracy(figures),
-    }
+    return {"start, s": figures.pop("begun") - start, **figures}
 
 
 def main() -> None:
@@ -108,6 +100,8 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True, help=f"weights of {BACKBONE} in timm's format")
     parser.add_argument("--precision", default="bf16-mixed", help="of our models")
     parser.add_argument("--models", nargs="+", choices=names, default=names)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--max_train_images", type=int, default=1_000_000)
     parser.add_argument("--output", type=Path, default=Path("results/time_to_model"))
     parser.add_argument("--process", choices=names, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -116,7 +110,8 @@ def main() -> None:
         return
     rows = Rows(args.output / f"{args.category}.json")
     for name in args.models:
-        rows.measure(name, partial(measure, name, args))
+        for seed in args.seeds:
+            rows.measure(f"{name}, seed {seed}", partial(measure, name, seed, args))
 
 
 if __name__ == "__main__":

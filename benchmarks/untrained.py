@@ -6,13 +6,13 @@
 
 A ``constant`` predicts the mean of each place, a ``PCA`` the principal components, of all cells together, that hold a
 share of the variance. What they miss is measured by its L2 norm, each layer brought to one scale, or by the Mahalanobis
-distance of the recommended models. The image's score is the mean of the highest 1 % of the map. No value depends on a
-seed. Prints tables and writes them as JSON.
+distance of the recommended models. The image's score is the mean of a share of the map, from the highest value down. No
+value depends on a seed. Prints tables and writes them as JSON, of which what is there is not measured again.
 """
 
 import argparse
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +30,6 @@ from anomalib_recon.models import SAAE
 from benchmarks.rows import Rows
 
 BATCH_SIZE = 16
-TOP_FRACTION = 0.01
 
 
 @torch.no_grad()
@@ -53,7 +52,7 @@ def principal_components(features: Tensor, share: float) -> Tensor:
     return vectors.flip(1)[:, : int((held < share).sum()) + 1].T.float()
 
 
-def score(distances: Tensor, masks: Tensor) -> dict[str, float]:
+def score(distances: Tensor, masks: Tensor, top_fraction: float) -> dict[str, float]:
     """AUROC and AUPRO of distances (N, 1, h, w) on raw scores, with masks of the size of the map."""
     fields = ["anomaly_map", "gt_mask"]
     metrics = {
@@ -66,13 +65,28 @@ def score(distances: Tensor, masks: Tensor) -> dict[str, float]:
         batch = ImageBatch(
             image=maps.expand(-1, 3, -1, -1),  # a batch needs one, and no metric looks at it
             anomaly_map=maps,
-            pred_score=top_mean(maps, TOP_FRACTION),
+            pred_score=top_mean(maps, top_fraction),
             gt_mask=mask,
             gt_label=mask.flatten(1).any(dim=1),
         )
         for metric in metrics.values():
             metric.update(batch)
     return {name: float(metric.compute()) for name, metric in metrics.items()}
+
+
+def measure_distances(
+    name: str, normal: Tensor, tested: Tensor, masks: Tensor, rows: Rows, top_fractions: Sequence[float]
+) -> None:
+    """Add the rows of both distances of the residuals of normal and tested images."""
+    mahalanobis = ResidualDistance(normal.shape[1], tuple(normal.shape[2:]))
+    mahalanobis.fit(normal.split(BATCH_SIZE))
+    distances = {
+        "L2": torch.linalg.vector_norm(tested, dim=1, keepdim=True),
+        "Mahalanobis": torch.cat([mahalanobis(part, torch.zeros_like(part)) for part in tested.split(BATCH_SIZE)]),
+    }
+    for by, distance in distances.items():
+        for fraction in top_fractions:
+            rows.measure(f"{name}, {by}, highest {fraction:.2%}", partial(score, distance, masks, fraction))
 
 
 def measure(category: str, args: argparse.Namespace) -> None:
@@ -86,24 +100,18 @@ def measure(category: str, args: argparse.Namespace) -> None:
     train, _ = load(datamodule.train_data, backbone, transform)
     test, masks = load(datamodule.test_data, backbone, transform)
     scale = FeatureScale(backbone.layer_channels, "stage")
-    scale.fit([train])
+    scale.fit(train.split(BATCH_SIZE))
     train, test = scale(train), scale(test)
 
+    rows = Rows(args.output / f"{category}.json")
     place_mean = train.mean(dim=0)
-    residuals = {"constant": (train - place_mean, test - place_mean)}
+    measure_distances("constant", train - place_mean, test - place_mean, masks, rows, args.top_fractions)
     for share in args.variance:
         components = principal_components(train, share)
         rest = torch.eye(components.shape[1]) - components.T @ components
+        normal, tested = (torch.einsum("cd,bdhw->bchw", rest, part) for part in (train, test))
         name = f"PCA, {share:.0%} of the variance, {len(components)} components"
-        residuals[name] = tuple(torch.einsum("cd,bdhw->bchw", rest, part) for part in (train, test))
-    rows = Rows(args.output / f"{category}.json")
-    for name, (normal, tested) in residuals.items():
-        distances = torch.linalg.vector_norm(tested, dim=1, keepdim=True)
-        rows.measure(f"{name}, L2", partial(score, distances, masks))
-        mahalanobis = ResidualDistance(backbone.num_channels, backbone.grid_size)
-        mahalanobis.fit([normal])
-        distances = mahalanobis(tested, torch.zeros_like(tested))
-        rows.measure(f"{name}, Mahalanobis", partial(score, distances, masks))
+        measure_distances(name, normal, tested, masks, rows, args.top_fractions)
 
 
 def main() -> None:
@@ -115,7 +123,8 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", default=["blocks.1", "blocks.2", "blocks.4"])
     parser.add_argument("--feature_stride", type=int, help="side of a cell in pixels; 8 for a CNN")
     parser.add_argument("--image_size", type=int, default=256)
-    parser.add_argument("--variance", type=float, nargs="+", default=[0.8, 0.95])
+    parser.add_argument("--variance", type=float, nargs="*", default=[0.8, 0.95], help="shares that the PCAs hold")
+    parser.add_argument("--top_fractions", type=float, nargs="+", default=[0.01], help="0 for the maximum")
     parser.add_argument("--output", type=Path, default=Path("results/untrained"))
     args = parser.parse_args()
     warnings.filterwarnings("ignore")

@@ -120,7 +120,7 @@ def test_sixteen_bit(shell: Shell) -> None:
 
 
 def test_small_defects(shell: Shell) -> None:
-    names, outputs = execute(shell, "07_small_defects", SIDE=800, NUM_GOOD=4)
+    names, outputs = execute(shell, "07_small_defects", SIDE=600, PIT=7, NUM_GOOD=4)
     image_auroc = names["table"]["image_AUROC"]
     assert image_auroc["tiles"] > 0.9
     assert image_auroc["tiles"] > image_auroc["made smaller"]

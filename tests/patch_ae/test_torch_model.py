@@ -158,6 +158,15 @@ def test_stages_are_scaled_before_the_projection() -> None:
     assert np.abs(raw.mean((0, 2, 3))).max() > 0.1
 
 
+def test_the_score_is_the_mean_of_the_highest_share_of_the_map() -> None:
+    model = build(top_fraction=0.05)
+    model.bank.fill(torch.rand(20, 16))
+    with torch.no_grad():
+        predictions = model(torch.rand(2, 3, 64, 48))
+    values = np.sort(predictions.anomaly_map.flatten(1).numpy(), axis=1)
+    np.testing.assert_allclose(predictions.pred_score, values[:, -154:].mean(axis=1), rtol=1e-6)  # of 3072
+
+
 def test_sigma_is_that_of_a_gaussian_on_the_map() -> None:
     images = torch.rand(1, 3, 64, 48, generator=torch.Generator().manual_seed(0))
     maps = []

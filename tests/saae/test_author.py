@@ -118,8 +118,8 @@ class _Watch(Callback):
         self.cached.append(isinstance(batch, FeatureBatch))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_it_trains_and_its_export_scores_alike(stripes: Path, tmp_path: Path, dropout: float) -> None:
+def train(stripes: Path, folder: Path, dropout: float) -> tuple[SAAE, list[bool]]:
+    """Train as the author's code does; the results are the model of the checkpoint, and which batches were cached."""
     seed_everything(0)
     model = SAAE(
         VIT, pre_trained=False, image_size=64, explained_variance=0.95, mlp_ratio=2, transformer="author",
@@ -128,11 +128,19 @@ def test_it_trains_and_its_export_scores_alike(stripes: Path, tmp_path: Path, dr
     )  # fmt: skip
     watch = _Watch()
     engine = Engine(
-        default_root_dir=tmp_path, max_epochs=2, accelerator="cpu", enable_progress_bar=False, callbacks=[watch]
+        default_root_dir=folder, max_epochs=2, accelerator="cpu", enable_progress_bar=False, callbacks=[watch]
     )
     engine.fit(model, datamodule=MVTecAD(root=stripes, category="stripes", train_batch_size=6, num_workers=0))
-    assert watch.cached == [dropout == 0] * 4
-    model = SAAE.load_from_checkpoint(engine.trainer.checkpoint_callback.best_model_path).eval()
+    return SAAE.load_from_checkpoint(engine.trainer.checkpoint_callback.best_model_path).eval(), watch.cached
+
+
+def test_features_are_cached_without_dropout(stripes: Path, tmp_path: Path) -> None:
+    assert train(stripes, tmp_path, dropout=0)[1] == 4 * [True]
+
+
+def test_it_trains_and_its_export_scores_alike(stripes: Path, tmp_path: Path) -> None:
+    model, cached = train(stripes, tmp_path, dropout=0.1)
+    assert cached == 4 * [False]
     images = images_of(stripes, (64, 64))
     expected = expected_from(model, images)
     result = run(export(model, tmp_path, ExportType.OPENVINO), images, 1)

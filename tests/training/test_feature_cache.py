@@ -276,23 +276,23 @@ class Look(Callback):
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("end", ["all epochs", "an exception", "no epoch"])
-def test_the_datamodule_stays_as_it_was(stripes: Path, tmp_path: Path, end: str) -> None:
-    datamodule, look = data(stripes, num_workers=2), Look()
-    datamodule.external_collate_fn = ImageBatch.collate
-    with pytest.raises(KeyError) if end == "an exception" else nullcontext():
-        train(
-            build(ADTR), datamodule, tmp_path, max_epochs=0 if end == "no epoch" else 3,
-            callbacks=[look, *([Kill()] if end == "an exception" else [])],
-        )  # fmt: skip
-    look.note(datamodule)
+def test_the_datamodule_stays_as_it_was(stripes: Path, tmp_path: Path) -> None:
     # in setup, at the start and in each step of the training, and after it
-    assert len(look.seen) == {"all epochs": 12, "an exception": 11, "no epoch": 2}[end]
-    train_data = look.seen[0][0]
-    assert len(train_data) == 12
-    assert look.seen == len(look.seen) * [(train_data, 2, ImageBatch.collate)]
-    assert "train_dataloader" not in vars(datamodule)
-    assert next(iter(datamodule.train_dataloader())).image.shape == (5, 3, 32, 32)
+    ends = {"all epochs": 12, "an exception": 11, "no epoch": 2}
+    for end, times in ends.items():
+        datamodule, look = data(stripes, num_workers=2), Look()
+        datamodule.external_collate_fn = ImageBatch.collate
+        with pytest.raises(KeyError) if end == "an exception" else nullcontext():
+            train(
+                build(ADTR), datamodule, tmp_path, max_epochs=0 if end == "no epoch" else 3,
+                callbacks=[look, *([Kill()] if end == "an exception" else [])],
+            )  # fmt: skip
+        look.note(datamodule)
+        train_data = look.seen[0][0]
+        assert len(train_data) == 12
+        assert look.seen == times * [(train_data, 2, ImageBatch.collate)], end
+        assert "train_dataloader" not in vars(datamodule)
+        assert next(iter(datamodule.train_dataloader())).image.shape == (5, 3, 32, 32)
 
 
 @pytest.mark.alone

@@ -107,6 +107,9 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
             Defaults to ``"features"``.
         sigma (float): Standard deviation of the Gaussian that smooths the map, in pixels; 0 stands for none.
             Defaults to ``4.0``.
+        top_fraction (float): Share of the map, from the highest value down, whose mean is the image's score; at 0 the
+            score is the maximum.
+            Defaults to ``0.0``.
         vectors_per_chunk (int): Vectors of the bank that are compared with those of an image at a time. Bounds memory,
             changes no result.
             Defaults to ``4096``.
@@ -126,7 +129,7 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
     """
 
     network = PatchAEModel
-    free_arguments = ("trained_stages", "sigma", "vectors_per_chunk")
+    free_arguments = ("trained_stages", "sigma", "top_fraction", "vectors_per_chunk")
     needs_datamodule = True
     comparison_layers = 3  # the search, the whitening, and what it enlarges the errors of
 
@@ -155,6 +158,7 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
         feature_scale: ScaleBy = "channel",
         score_by: Literal["features", "reconstruction"] = "features",
         sigma: float = 4.0,
+        top_fraction: float = 0.0,
         vectors_per_chunk: int = 4096,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,

@@ -30,6 +30,7 @@ from anomalib_recon.layers import (
     FeatureScale,
     ScaleBy,
     Tiling,
+    TopMean,
     Whitening,
     check_image_size,
     check_whole,
@@ -83,6 +84,9 @@ class PatchAEModel(Tiling, nn.Module):
             Defaults to ``"features"``.
         sigma (float): Standard deviation of the Gaussian that smooths the map, in pixels; 0 stands for none.
             Defaults to ``4.0``.
+        top_fraction (float): Share of the map, from the highest value down, whose mean is the image's score; at 0 the
+            score is the maximum.
+            Defaults to ``0.0``.
         vectors_per_chunk (int): Vectors of the bank that are compared with those of an image at a time. Bounds memory,
             changes no result.
             Defaults to ``4096``.
@@ -105,6 +109,7 @@ class PatchAEModel(Tiling, nn.Module):
         feature_scale: ScaleBy = "channel",
         score_by: Literal["features", "reconstruction"] = "features",
         sigma: float = 4.0,
+        top_fraction: float = 0.0,
         vectors_per_chunk: int = 4096,
     ) -> None:
         super().__init__()
@@ -146,6 +151,7 @@ class PatchAEModel(Tiling, nn.Module):
         self.whitening = Whitening(embed_dim)
         self.bank = NormalBank(vectors_per_chunk)
         self.anomaly_map_generator = AnomalyMapGenerator(sigma)
+        self.top_mean = TopMean(top_fraction)
         if 4 * sigma + 0.5 >= min(image_size):  # the filter reaches so far, and reflects what is inside
             msg = f"sigma must be below a quarter of image_size, got {sigma} and {image_size[0]} x {image_size[1]}."
             raise ValueError(msg)
@@ -203,8 +209,8 @@ class PatchAEModel(Tiling, nn.Module):
             codes (Tensor): Codes of shape ``(B, D, h, w)``.
 
         Returns:
-            InferenceBatch: ``pred_score`` of shape ``(B,)``, the maximum of ``anomaly_map`` of shape
-                ``(B, 1, H, W)``; both not negative and without an upper limit.
+            InferenceBatch: ``pred_score`` of shape ``(B,)`` and ``anomaly_map`` of shape ``(B, 1, H, W)``; both not
+                negative and without an upper limit.
 
         Raises:
             RuntimeError: If there are no normal features to compare with.
@@ -219,7 +225,7 @@ class PatchAEModel(Tiling, nn.Module):
 
     def _map(self, scores: Tensor) -> InferenceBatch:
         anomaly_map = self.anomaly_map_generator(scores, self.image_size)
-        return InferenceBatch(pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map)
+        return InferenceBatch(pred_score=self.top_mean(anomaly_map), anomaly_map=anomaly_map)
 
     def picture(self, reconstruction: Tensor) -> Tensor:
         """Limit reconstructed images to [0, 1]."""

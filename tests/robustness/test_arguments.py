@@ -234,7 +234,8 @@ WRONG: dict[type[nn.Module], tuple[dict[str, Any], dict[str, tuple[Any, ...]]]] 
         {"backbone": "resnet18", "pre_trained": False, "image_size": (64, 64), "embed_dim": 8},
         {
             "image_size": NOT_A_SIZE, "score_by": NOT_A_CHOICE, "backbone": NOT_A_CHOICE,
-            "sigma": (*NOT_A_NUMBER, -1.0, 16.0), "top_fraction": (*NOT_A_NUMBER, -0.1, 1.1), "trained_stages": (-1, 5, 2.5, "4", None),
+            "sigma": (*NOT_A_NUMBER, -1.0, 16.0), "top_fraction": (*NOT_A_NUMBER, -0.1, 1.1),
+            "trained_stages": (-1, 5, 2.5, "4", None),
             "layers": ([], ["layer9"], ["layer1", "layer1.0"]), "feature_scale": NOT_A_CHOICE,
             "embed_dim": NOT_A_COUNT[:-1], **dict.fromkeys(("patch_size", "vectors_per_chunk"), NOT_A_COUNT),
         },

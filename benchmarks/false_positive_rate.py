@@ -54,7 +54,7 @@ def fit(config: Path, held_out: float, seed: int) -> tuple[Engine, AnomalibModul
 def raw_scores(engine: Engine, model: AnomalibModule, dataset: AnomalibDataset) -> Scores:
     """Raw scores and maps of the normal images of a dataset, batch by batch."""
     scores: Scores = {"image": [], "pixel": []}
-    dataset = normal_images(dataset, model.pre_processor.transform)
+    dataset = normal_images(dataset, model)
     for batch in score_images(engine.trainer, model, dataset):
         scores["image"].append(batch.pred_score.cpu())
         scores["pixel"].append(batch.anomaly_map.cpu())

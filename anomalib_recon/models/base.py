@@ -48,6 +48,7 @@ from anomalib_recon.training import (
     RandomState,
     ReadableImages,
     evaluation,
+    normal_images,
     refuse_other_networks,
 )
 from anomalib_recon.visualization import ReconstructionVisualizer
@@ -301,6 +302,11 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
     def targets(self, features: Tensor) -> Tensor:
         """Turn what :meth:`start_features` computes into what is rebuilt; by default it is that."""
         return features
+
+    def training_images(self) -> AnomalibDataset:
+        """The normal training images, without augmentation."""
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        return normal_images(datamodule.train_data, self)
 
     def finish(self) -> None:
         """Compute what scoring needs beyond the trained weights, when training ends."""

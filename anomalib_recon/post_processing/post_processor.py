@@ -227,7 +227,7 @@ class FalsePositiveRatePostProcessor(RegionPostProcessor):
                 "training choose val_split_mode='from_train'."
             )
             raise ValueError(msg)
-        return normal_images(dataset, getattr(module.pre_processor, "transform", None))
+        return normal_images(dataset, module)
 
 
 def _checkpoints(trainer: Trainer) -> list[Path]:

@@ -197,7 +197,7 @@ class FeatureCache(Callback):
                 yield self._parts[0].read(index)
             return
         module.to(trainer.strategy.root_device)
-        normal = normal_images(dataset, getattr(module.pre_processor, "transform", None))
+        normal = normal_images(dataset, module)
         yield from map_images(trainer, module, normal, module.start_features)
 
 

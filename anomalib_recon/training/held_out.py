@@ -70,7 +70,7 @@ class HeldOutImages(Callback):
             )
             raise ValueError(msg)
         module: Any = pl_module
-        normal = normal_images(datamodule.train_data, getattr(module.pre_processor, "transform", None))
+        normal = normal_images(datamodule.train_data, module)
         paths = [str(path) for path in normal.samples.image_path]
         if not self.paths or not set(self.paths) <= set(paths):
             self.paths = self._draw(paths)

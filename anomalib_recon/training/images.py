@@ -15,7 +15,7 @@ from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import Resize, Transform
+from torchvision.transforms.v2 import Resize
 
 from .image_files import check_image_files, check_mask_files, levels_of
 
@@ -27,13 +27,13 @@ def normal_indices(dataset: AnomalibDataset) -> Sequence[int]:
     return (dataset.samples.label_index == LabelName.NORMAL).to_numpy().nonzero()[0].tolist()
 
 
-def normal_images(dataset: AnomalibDataset, transform: Transform | None) -> AnomalibDataset:
+def normal_images(dataset: AnomalibDataset, module: AnomalibModule) -> AnomalibDataset:
     """Normal images of a dataset, loaded as anomalib loads images at inference: without augmentation.
 
     Args:
         dataset (AnomalibDataset): Training or validation images.
-        transform (Transform | None): Transform of the pre-processor. anomalib applies its resize to each image before
-            it makes batches.
+        module (AnomalibModule): The model. anomalib applies the resize of its pre-processor to each image before it
+            makes batches.
 
     Returns:
         AnomalibDataset: A copy.
@@ -49,6 +49,7 @@ def normal_images(dataset: AnomalibDataset, transform: Transform | None) -> Anom
         )
         raise ValueError(msg)
     dataset = dataset.subsample(normal)
+    transform = getattr(module.pre_processor, "transform", None)
     dataset.augmentations = next(iter(extract_transforms_by_type(transform, Resize)), None)
     return dataset
 
@@ -140,7 +141,7 @@ def check_training_files(datamodule: Any, module: AnomalibModule) -> None:
     Raises:
         ValueError: If an image or a mask cannot be used, or there is no normal training image.
     """
-    normal_images(datamodule.train_data, getattr(module.pre_processor, "transform", None))
+    normal_images(datamodule.train_data, module)
     for dataset in filter(None, (datamodule.train_data, getattr(datamodule, "val_data", None))):
         check_image_files(dataset.samples.image_path, deep_grey=levels_of(dataset) is not None)
         if dataset.task == TaskType.SEGMENTATION:

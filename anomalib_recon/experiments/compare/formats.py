@@ -107,7 +107,7 @@ def _export(trained: Trained, compression: CompressionType | None, folder: Path)
 def _calibration(trained: Trained) -> AnomalibDataModule:
     """Data whose validation images, from which anomalib calibrates, are normal training images."""
     calibration = copy.copy(trained.datamodule)
-    normal = normal_images(calibration.train_data, getattr(trained.model.pre_processor, "transform", None))
+    normal = normal_images(calibration.train_data, trained.model)
     calibration.val_data = normal.subsample(range(min(len(normal) // 2 * 2, CALIBRATION_IMAGES)))
     calibration.eval_batch_size = 2
     return calibration

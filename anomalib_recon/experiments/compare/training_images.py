@@ -35,7 +35,7 @@ def score_training_images(model: AnomalibModule, dataset: AnomalibDataset, batch
     Returns:
         Scores: Raw scores, in the order of the files' names.
     """
-    normal = normal_images(dataset, getattr(model.pre_processor, "transform", None))
+    normal = normal_images(dataset, model)
     scores: dict[str, float] = {}
     with evaluation(model):
         for batch in DataLoader(normal, batch_size, collate_fn=normal.collate_fn):

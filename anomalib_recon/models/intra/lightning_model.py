@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from anomalib.data import AnomalibDataset, Batch
+from anomalib.data import Batch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -38,7 +38,6 @@ from anomalib_recon.training import (
     EndOfFit,
     HeldOutImages,
     map_images,
-    normal_images,
     one_cycle_factor,
     own_share,
     share_of_fit,
@@ -326,7 +325,7 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
             patches = self.model.embed(self.tiles(batch))
             return self.model.residual(patches, self.model.reconstruct(patches))
 
-        yield from map_images(self.trainer, self, self._normal_images(), residual)
+        yield from map_images(self.trainer, self, self.training_images(), residual)
 
     def finish(self) -> None:
         """Take the mean difference of the normal training images (eq. 17), or measure their residuals."""
@@ -340,12 +339,8 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
             of_tiles = difference.unflatten(0, (len(batch.image), -1))
             return of_tiles.mean(dim=1).sum(dim=0, keepdim=True)
 
-        images = self._normal_images()
+        images = self.training_images()
         total = torch.zeros_like(self.model.normal_difference)
         for part in map_images(self.trainer, self, own_share(self.trainer, images), total_difference):
             total += part
         self.model.normal_difference.copy_(self.trainer.strategy.reduce(total, reduce_op="sum") / len(images))
-
-    def _normal_images(self) -> AnomalibDataset:
-        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        return normal_images(datamodule.train_data, getattr(self.pre_processor, "transform", None))

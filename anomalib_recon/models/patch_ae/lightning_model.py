@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from anomalib.data import AnomalibDataset, Batch
+from anomalib.data import Batch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -34,7 +34,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from anomalib_recon.layers import ScaleBy, check_finite, check_positive, check_whole
 from anomalib_recon.layers.whitening import VECTORS_PER_PART
 from anomalib_recon.models.base import ReconstructionModule
-from anomalib_recon.training import FeatureCache, map_images, normal_images, own_share
+from anomalib_recon.training import FeatureCache, map_images, own_share
 
 from .defects import KINDS, ArtificialDefects
 from .loss import HybridLoss
@@ -236,7 +236,7 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
         Raises:
             ValueError: If it would.
         """
-        num_vectors = len(self._normal_images()) * self.model.num_patches
+        num_vectors = len(self.training_images()) * self.model.num_patches
         num_candidates = min(num_vectors, self.coreset_candidates or num_vectors)
         if int(self.coreset_ratio * num_candidates) == 0:
             msg = f"coreset_ratio={self.coreset_ratio} leaves none of the {num_candidates} normal features; raise it."
@@ -270,7 +270,7 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
         """Fill the bank with the features of the normal training images, each process with its share of them."""
         if self.model.score_by == "reconstruction":
             return
-        images = self._normal_images()
+        images = self.training_images()
         # a process without an image repeats the first: a vector more than once changes no distance
         share = own_share(self.trainer, images)
         share = share if len(share) else images.subsample([0])
@@ -290,10 +290,6 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
         # one process selects, for all to have the same
         coreset = select_coreset(vectors, self.coreset_ratio).cpu() if self.trainer.is_global_zero else torch.empty(0)
         self.model.bank.fill(self.trainer.strategy.broadcast(coreset).to(self.device))
-
-    def _normal_images(self) -> AnomalibDataset:
-        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        return normal_images(datamodule.train_data, getattr(self.pre_processor, "transform", None))
 
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Score a batch of images, whose codes are compared with those of the bank, not with a reconstruction.

@@ -97,7 +97,7 @@ def main() -> None:
     arguments = config["model"]["init_args"] | {"backbone_weights": args.weights, "visualizer": False}
     epochs = config["trainer"]["max_epochs"]
 
-    rows = Rows(args.output / f"{args.category}.json")
+    rows = Rows(args.output / f"{args.category}.json", args)
     seed_everything(SEED, verbose=False)
     start = rows.measure("ADTR", lambda: train_and_test(ADTR(**arguments), build_data("none", args), epochs, args))[
         "checkpoint"

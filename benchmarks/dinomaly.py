@@ -105,7 +105,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.INFO)
-    rows = Rows(args.output / f"{args.category}.json")
+    rows = Rows(args.output / f"{args.category}.json", args)
     for name in args.models:
         rows.measure(name, partial(train_and_test, name, args))
 

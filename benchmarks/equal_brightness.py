@@ -6,7 +6,8 @@
 
 The score of an image is its mean value, which says nothing about defects: on MVTec AD's screw, all defective images are
 brighter than all good ones of the test set. In the copy, the values of each image are multiplied so that its mean is
-that of the training images. Pass the copy to other benchmarks as ``--root``. Prints a table and writes it as JSON.
+that of the training images, but for what is cut off at 255. Pass the copy to other benchmarks as ``--root``. Prints a
+table and writes it as JSON.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from sklearn.metrics import roc_auc_score
 from benchmarks.rows import Rows
 
 
-def brightness(path: str) -> float:
+def brightness(path: str | Path) -> float:
     """Mean of all values of an image."""
     with Image.open(path) as image:
         return float(np.asarray(image.convert("RGB")).mean())
@@ -44,8 +45,10 @@ def measure(category: str, args: argparse.Namespace) -> dict[str, float]:
     of_train, of_test = (np.array([brightness(path) for path in samples.image_path]) for samples in (train, test))
     labels = test.label_index.to_numpy()
     folder = Path(args.root) / category
+    copies = []
     for path in map(Path, [*train.image_path, *test.image_path]):
-        write_equal(path, of_train.mean(), args.output / category / path.relative_to(folder))
+        copies.append(args.output / category / path.relative_to(folder))
+        write_equal(path, of_train.mean(), copies[-1])
     shutil.copytree(folder / "ground_truth", args.output / category / "ground_truth", dirs_exist_ok=True)
     return {
         "training": of_train.mean(),
@@ -53,6 +56,7 @@ def measure(category: str, args: argparse.Namespace) -> dict[str, float]:
         "good": of_test[labels == 0].mean(),
         "defective": of_test[labels == 1].mean(),
         "image AUROC": roc_auc_score(labels, of_test),
+        "largest deviation of the copy": max(abs(brightness(path) - of_train.mean()) for path in copies),
     }
 
 
@@ -62,7 +66,7 @@ def main() -> None:
     parser.add_argument("--categories", nargs="+", required=True)
     parser.add_argument("--output", type=Path, default=Path("results/equal_brightness"))
     args = parser.parse_args()
-    rows = Rows(args.output / "brightness.json")
+    rows = Rows(args.output / "brightness.json", args)
     for category in args.categories:
         rows.measure(category, partial(measure, category, args))
 

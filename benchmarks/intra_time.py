@@ -102,7 +102,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.INFO)
-    rows = Rows(args.output / f"{args.category}.json")
+    rows = Rows(args.output / f"{args.category}.json", args)
     for minutes in args.minutes:
         for recipe in args.recipes:
             rows.measure(f"{recipe}, {minutes:g} min", partial(measure, recipe, minutes, args))

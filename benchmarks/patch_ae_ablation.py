@@ -155,7 +155,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.INFO)
     for datamodule in datamodules(arguments):
-        rows = Rows(arguments.output / f"{datamodule.category}.json")
+        rows = Rows(arguments.output / f"{datamodule.category}.json", arguments)
         for row in arguments.rows:
             rows.measure(row, partial(measure, row, datamodule, arguments))
 

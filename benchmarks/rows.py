@@ -2,6 +2,7 @@
 
 """Rows of figures that a benchmark writes as they come, and does not measure again."""
 
+import argparse
 import json
 import os
 import platform
@@ -13,18 +14,32 @@ import pandas as pd
 
 from anomalib_recon.files import write_whole
 
+CHOOSE_ROWS = {
+    "categories", "category", "demo", "minutes", "models", "output", "process", "recipes", "rows", "seeds", "sources",
+    "top_fractions", "variance",
+}  # fmt: skip
+
 
 class Rows:
-    """Figures by the name of their row, in a JSON file beside the class of the machine.
+    """Figures by the name of their row, in a JSON file beside the arguments and the class of the machine.
 
     Args:
         path (Path): The file. What it has is kept.
+        args (argparse.Namespace): Arguments of the benchmark, of which a file has one value each, but for those that
+            say which rows to measure.
+
+    Raises:
+        SystemExit: If the file has figures of other arguments.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, args: argparse.Namespace) -> None:
         self.path = path
+        self.arguments = {name: str(value) for name, value in vars(args).items() if name not in CHOOSE_ROWS}
         stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         self.figures: dict[str, dict[str, Any]] = stored.get("rows", {})
+        if self.figures and stored["arguments"] != self.arguments:
+            msg = f"{path} has figures of other arguments, {stored['arguments']}; pass another --output."
+            raise SystemExit(msg)
 
     def measure(self, name: str, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Add a row, unless it is there, write all, and print them as a table.
@@ -39,7 +54,8 @@ class Rows:
         if name not in self.figures:
             self.figures[name] = function()
             machine = f"{platform.machine()}, {os.cpu_count()} cores"
-            write_whole(self.path, json.dumps({"machine": machine, "rows": self.figures}, indent=2).encode())
+            content = {"machine": machine, "arguments": self.arguments, "rows": self.figures}
+            write_whole(self.path, json.dumps(content, indent=2).encode())
         print(f"{self.path.stem}\n\n{pd.DataFrame(self.figures).T.to_markdown(floatfmt='.4g')}\n", flush=True)
         return self.figures[name]
 

@@ -108,7 +108,7 @@ def main() -> None:
     if args.process:
         print(json.dumps(train_and_test(args.process, args)))
         return
-    rows = Rows(args.output / f"{args.category}.json")
+    rows = Rows(args.output / f"{args.category}.json", args)
     for name in args.models:
         for seed in args.seeds:
             rows.measure(f"{name}, seed {seed}", partial(measure, name, seed, args))

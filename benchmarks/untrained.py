@@ -103,7 +103,7 @@ def measure(category: str, args: argparse.Namespace) -> None:
     scale.fit(train.split(BATCH_SIZE))
     train, test = scale(train), scale(test)
 
-    rows = Rows(args.output / f"{category}.json")
+    rows = Rows(args.output / f"{category}.json", args)
     place_mean = train.mean(dim=0)
     measure_distances("constant", train - place_mean, test - place_mean, masks, rows, args.top_fractions)
     for share in args.variance:

@@ -132,6 +132,16 @@ def test_a_command_trains_one_model_for_several_categories(root: Path, tmp_path:
         SAAE.load_from_checkpoint(path, post_processor=ProductPostProcessor(["bright", "dark"]))
 
 
+def test_a_product_without_test_images_has_no_figures(root: Path, tmp_path: Path) -> None:
+    model = Tiny(evaluator=RawScoreEvaluator(products=NAMES))
+    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", enable_progress_bar=False, logger=False)
+    engine.fit(model, datamodule=datamodule(root, NAMES))
+    with pytest.warns(UserWarning, match="needs both normal and anomalous values"):
+        [metrics] = engine.test(model, datamodule=datamodule(root, NAMES[:1]), verbose=False)
+    assert np.isnan(metrics["bright_image_AUROC"])
+    assert metrics["dark_image_AUROC"] == metrics["image_AUROC"]
+
+
 def test_folders_of_any_layout_are_products(root: Path, tmp_path: Path) -> None:
     data = Folder(
         name="mine", root=root, normal_dir=[f"{name}/train/good" for name in NAMES],

@@ -106,6 +106,16 @@ def run(root: Path, post_processor: PostProcessor, evaluator: Any = True) -> tup
     return model, engine.test(model, datamodule=datamodule, verbose=False)[0]
 
 
+def test_raw_scores_are_compared_with_raw_thresholds(roots: dict[int, Path]) -> None:
+    raw, metrics = run(roots[WIDTH], RegionPostProcessor(enable_normalization=False))
+    _, expected = run(roots[WIDTH], RegionPostProcessor())
+    assert metrics == pytest.approx(expected, abs=1e-6)  # F1 scores among them
+    predictions = raw(torch.rand(20, 3, HEIGHT, WIDTH))
+    assert torch.equal(
+        predictions.pred_mask.flatten(), (predictions.anomaly_map > raw.post_processor.pixel_threshold).flatten()
+    )
+
+
 @pytest.mark.parametrize("of", [RegionPostProcessor, FalsePositiveRatePostProcessor])
 @pytest.mark.parametrize("pixel_size", ["model", "original"])
 def test_metrics_and_thresholds_are_those_of_cropped_images(

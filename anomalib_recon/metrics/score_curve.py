@@ -110,7 +110,8 @@ class _ScoreCurve(Metric):
         Returns:
             Scalar in [0, 1], or NaN with a warning if all values are of one class, for which no curve exists.
         """
-        score, *weights = dim_zero_cat(self.table).cpu().numpy().T
+        rows = dim_zero_cat(self.table) if len(self.table) else torch.empty(0, 3)
+        score, *weights = rows.cpu().numpy().T
         if not all(weight.any() for weight in weights):
             rank_zero_warn(f"{type(self).__name__} is NaN: it needs both normal and anomalous values.")
             return torch.tensor(float("nan"), device=self.device)

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OPSET_VERSION = 18
-# what an OpenVINO model computes nothing by: what is behind them is no part of the comparison
 # how the names of its parameters begin
 BACKBONE = "model.backbone."
 LOOPS = {"Loop", "TensorIterator"}
+# what an OpenVINO model computes nothing by: what is behind them is no part of the comparison
 NOT_COMPUTED = {"Constant", "Parameter", "ShapeOf"}
 
 

@@ -108,16 +108,6 @@ class FalsePositiveRatePostProcessor(RegionPostProcessor):
         rates = {"pixel_fpr": self.pixel_fpr, "image_fpr": self.image_fpr, "split": self.split}
         return {**super().checkpoint_config(), **rates}
 
-    @property
-    def normalized_image_threshold(self) -> Tensor:
-        """Image threshold on the scale of the scores that are given out."""
-        return super().normalized_image_threshold if self.enable_normalization else self.image_threshold
-
-    @property
-    def normalized_pixel_threshold(self) -> Tensor:
-        """Pixel threshold on the scale of the maps that are given out."""
-        return super().normalized_pixel_threshold if self.enable_normalization else self.pixel_threshold
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse models without training, and spare those without validation images a validation.
 
@@ -154,6 +144,11 @@ class FalsePositiveRatePostProcessor(RegionPostProcessor):
 
     def on_validation_epoch_end(self, *args: Any, **kwargs: Any) -> None:
         """Leave the thresholds alone, which the parent would set."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the trainer as it was."""
+        del pl_module, exception
+        trainer.limit_val_batches = self._limit_val_batches
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the thresholds of the model and of the run's checkpoints.

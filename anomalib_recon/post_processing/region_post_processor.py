@@ -94,6 +94,16 @@ class RegionPostProcessor(PostProcessor):
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
         return (*super()._checkpoint_config_keys, "top_fraction")
 
+    @property
+    def normalized_image_threshold(self) -> Tensor:
+        """Image threshold on the scale of the scores that are given out."""
+        return super().normalized_image_threshold if self.enable_normalization else self.image_threshold
+
+    @property
+    def normalized_pixel_threshold(self) -> Tensor:
+        """Pixel threshold on the scale of the maps that are given out."""
+        return super().normalized_pixel_threshold if self.enable_normalization else self.pixel_threshold
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say so if pixel metrics will count the outside."""
         del trainer, stage

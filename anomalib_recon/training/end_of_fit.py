@@ -6,6 +6,7 @@ import copy
 import logging
 from typing import Any, cast
 
+import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import ValSplitMode
 from anomalib.metrics import Evaluator
@@ -59,7 +60,10 @@ class EndOfFit(Callback):
         del trainer, stage
         evaluator: Any = getattr(pl_module, "evaluator", None)
         if self._added and evaluator:
-            evaluator.val_metrics = nn.ModuleList(m for m in evaluator.val_metrics if m not in self._added)
+            # metrics compare by a metric of both, which is always true
+            evaluator.val_metrics = nn.ModuleList(
+                metric for metric in evaluator.val_metrics if not any(metric is added for added in self._added)
+            )
         self._added = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -83,19 +87,25 @@ class EndOfFit(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish after the last epoch, before it is saved."""
         self._trained = True
-        if trainer.fit_loop.done:
+        progress = trainer.fit_loop.epoch_progress.current
+        completed = progress.completed
+        is_done = trainer.fit_loop.done  # counts this epoch as completed, which would change its number in checkpoints
+        progress.completed = completed
+        if is_done:
             self._end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finish a training that something has stopped since, and save it anew."""
-        if self._ended or not self._trained:
+        """Finish a training that something has stopped since, and complete the checkpoints saved before the end."""
+        if not self._trained:
             return
-        self._end(trainer, pl_module)
+        if not self._ended:
+            self._end(trainer, pl_module)
         for callback in trainer.checkpoint_callbacks:
-            # of a watched training, what a metric has chosen is complete, and may be another epoch
+            path = getattr(callback, "best_model_path", "")
+            # of a watched training, what a metric has chosen was finished before its validation
             is_complete = self._is_watched and getattr(callback, "monitor", None)
-            if (path := getattr(callback, "best_model_path", "")) and not is_complete:
-                trainer.save_checkpoint(path)
+            if path and path != trainer.ckpt_path and not is_complete:
+                self._complete(path, trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the trainer as it was, also after a fit without an epoch."""
@@ -115,6 +125,10 @@ class EndOfFit(Callback):
             self._held_out.restore_best_weights(module)
         elif self._finished:  # by the validation of this epoch
             return
+        self._validate(trainer, module)
+
+    def _validate(self, trainer: Trainer, module: LightningModule) -> None:
+        """Finish the model, and validate it."""
         self._finish(trainer, module)
         self._finished = True
         trainer.limit_val_batches = self._limit
@@ -123,6 +137,21 @@ class EndOfFit(Callback):
             with isolate_rng():
                 trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
+
+    def _complete(self, path: str, trainer: Trainer, module: LightningModule) -> None:
+        """Save a checkpoint anew, if it is not of the finished model: with the weights that it has, finished."""
+        checkpoint = trainer.strategy.checkpoint_io.load_checkpoint(path, map_location="cpu")
+        final = {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+        if not trainer.strategy.broadcast(_differ(checkpoint["state_dict"], final)):
+            return
+        if checkpoint["global_step"] == trainer.global_step:
+            trainer.save_checkpoint(path)
+            return
+        module.load_state_dict(checkpoint["state_dict"])
+        self._validate(trainer, module)
+        checkpoint["state_dict"] = module.state_dict()
+        trainer.strategy.save_checkpoint(checkpoint, path)
+        module.load_state_dict(final)
 
     @staticmethod
     def _finish(trainer: Trainer, module: LightningModule) -> None:
@@ -146,9 +175,13 @@ def _validates_on_test_images(trainer: Trainer) -> bool:
     }
 
 
+def _differ(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return any(not torch.equal(value, second[name].to(value.device)) for name, value in first.items())
+
+
 def _average_statistics(trainer: Trainer) -> None:
     """Give all processes the same running statistics: after its last step, each has those of its own images."""
     for part in trainer.lightning_module.modules():
-        if isinstance(part, nn.BatchNorm2d) and part.training:
+        if isinstance(part, nn.BatchNorm2d) and part.weight.requires_grad:  # not of a frozen backbone
             for statistic in (cast("Tensor", part.running_mean), cast("Tensor", part.running_var)):
                 statistic.copy_(cast("Tensor", trainer.strategy.reduce(statistic, reduce_op="mean")))

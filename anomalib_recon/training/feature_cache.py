@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from anomalib.data import AnomalibDataModule, AnomalibDataset
@@ -95,8 +95,10 @@ class FeatureCache(Callback):
                 "dataloaders do not tell from others; pass a datamodule."
             )
             raise ValueError(msg)
-        if stage != "fit" or trainer.ckpt_path is not None:
+        # a fit that no epoch is left for leaves the model as it is
+        if stage != "fit" or trainer.ckpt_path is not None or _has_ended(trainer):
             return
+        module.initialize()
         self._prepare(trainer, module, datamodule)
         if datamodule is not None:
             module.start(self.normal_features(trainer, module))
@@ -104,11 +106,9 @@ class FeatureCache(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the trainer load places in the cache instead of images.
 
-        A resumed run and a model with weights from elsewhere fill the cache now; what their model has seen in the
-        features comes with these.
+        A resumed run fills the cache now; what its model has seen in the features comes with its weights.
         """
-        is_resumed = trainer.ckpt_path is not None
-        if is_resumed or (cast("Any", pl_module).initialize() and self._parts):
+        if trainer.ckpt_path is not None:
             self._prepare(trainer, pl_module, getattr(trainer, "datamodule", None))
         if not self._parts:
             return
@@ -256,6 +256,12 @@ class _Places(Dataset):
     @staticmethod
     def collate_fn(places: list[int]) -> FeatureBatch:
         return FeatureBatch(torch.tensor(places))
+
+
+def _has_ended(trainer: Trainer) -> bool:
+    """Whether an earlier fit of the trainer has trained all epochs."""
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    return 1 <= (trainer.max_epochs or -1) <= progress.processed
 
 
 def _kept_type(values: Tensor) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 """What the author's public code has and the paper has not."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -138,9 +139,11 @@ def test_features_are_cached_without_dropout(stripes: Path, tmp_path: Path) -> N
     assert train(stripes, tmp_path, dropout=0)[1] == 4 * [True]
 
 
-def test_it_trains_and_its_export_scores_alike(stripes: Path, tmp_path: Path) -> None:
+def test_it_trains_and_its_export_scores_alike(stripes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     model, cached = train(stripes, tmp_path, dropout=0.1)
     assert cached == 4 * [False]
+    assert "Features are computed anew in each epoch: backbone_dropout=0.1 changes features." in caplog.messages
     images = images_of(stripes, (64, 64))
     expected = expected_from(model, images)
     result = run(export(model, tmp_path, ExportType.OPENVINO), images, 1)

@@ -12,6 +12,7 @@ from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from anomalib_recon import models
+from anomalib_recon.metrics import AUROC, RawScoreEvaluator
 from anomalib_recon.models import SAAE, InTra
 from tests.tiny_models import demo_data
 
@@ -161,6 +162,43 @@ def test_nothing_is_told_without_a_watcher(stripes: Path, tmp_path: Path, caplog
     caplog.set_level(logging.WARNING)
     engine_in(tmp_path, max_epochs=1).fit(build("SAAE"), datamodule=data(stripes))
     assert not [message for message in caplog.messages if "test images" in message]
+
+
+@pytest.mark.parametrize(
+    "saving",
+    [
+        {"every_n_epochs": 2, "filename": "{epoch}"},
+        {"every_n_train_steps": 5},  # of nine: amid the second epoch
+        {"every_n_train_steps": 9},  # at the last step, before the end
+        {"monitor": "train_loss", "mode": "max"},  # that of the first epoch
+    ],
+    ids=str,
+)
+def test_a_checkpoint_from_before_the_end_is_completed(name: str, stripes: Path, tmp_path: Path, saving: dict) -> None:
+    saved = ModelCheckpoint(tmp_path, **saving)
+    engine = engine_in(tmp_path, saved, max_epochs=4 if "every_n_epochs" in saving else 3)
+    model = build(name)
+    engine.fit(model, datamodule=data(stripes))
+    checkpoint = torch.load(saved.best_model_path, weights_only=True)
+    if "every_n_epochs" in saving:
+        assert Path(saved.best_model_path).name == "epoch=3.ckpt"
+        assert checkpoint["epoch"] == 3
+    loaded = type(model).load_from_checkpoint(saved.best_model_path)
+    assert bool(loaded.post_processor.image_threshold.isfinite())
+    assert bool(loaded.post_processor.pixel_threshold.isfinite())
+    assert name != "InTra" or bool(loaded.model.normal_difference.any())
+    assert metric_of(loaded, "image_AUROC", data(stripes), tmp_path).expected >= 0
+    if checkpoint["global_step"] == engine.trainer.global_step:
+        for key, value in model.state_dict().items():
+            assert torch.equal(checkpoint["state_dict"][key], value), key
+
+
+def test_metrics_of_the_user_are_kept(stripes: Path, tmp_path: Path) -> None:
+    model = build("SAAE")
+    model.evaluator = RawScoreEvaluator(val_metrics=[AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_")])
+    stop = EarlyStopping(monitor="image_AUROC", mode="max")
+    engine_in(tmp_path, stop, max_epochs=1).fit(model, datamodule=data(stripes))
+    assert [metric.name for metric in model.evaluator.val_metrics] == ["pixel_AUROC"]
 
 
 @pytest.mark.parametrize("interrupted", [False, True])

@@ -228,6 +228,21 @@ def test_anomalies_are_learned_from_the_cache(stripes: Path, tmp_path: Path, lab
     assert not torch.equal(other["reduce.weight"], weights["reduce.weight"])
 
 
+@pytest.mark.parametrize("arguments", [{}, {"labels": "image", "top_k": 4}], ids=str)
+def test_a_fit_without_an_epoch_left_changes_nothing(stripes: Path, tmp_path: Path, arguments: dict) -> None:
+    train(build(ADTR), data(stripes), tmp_path, max_epochs=1)
+    if arguments:
+        arguments = {**arguments, "normal_checkpoint": next(tmp_path.rglob("model.ckpt"))}
+    model = build(ADTR, **(arguments or {"feature_scale": "stage"}))
+    engine = Engine(default_root_dir=tmp_path / "again", max_epochs=1, accelerator="cpu", enable_progress_bar=False)
+    datamodule = labelled_data(stripes) if arguments else data(stripes)
+    engine.fit(model, datamodule=datamodule)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.model.backbone.register_forward_hook(lambda module, args, maps: [2 * features for features in maps])
+    engine.fit(model, datamodule=datamodule)
+    assert_same(before, dict(model.state_dict()))
+
+
 def test_interrupted_run_resumes_to_the_same_weights(stripes: Path, tmp_path: Path) -> None:
     weights, _ = train(build(ADTR), data(stripes), tmp_path / "whole")
     with pytest.raises(KeyError):

@@ -236,8 +236,9 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
         Raises:
             ValueError: If it would.
         """
-        num_vectors = len(self.training_images()) * self.model.num_patches
-        num_candidates = min(num_vectors, self.coreset_candidates or num_vectors)
+        num_images = len(self.training_images())
+        num_patches = self.model.num_patches
+        num_candidates = num_images * min(num_patches, self._candidates_per_image(num_images) or num_patches)
         if int(self.coreset_ratio * num_candidates) == 0:
             msg = f"coreset_ratio={self.coreset_ratio} leaves none of the {num_candidates} normal features; raise it."
             raise ValueError(msg)
@@ -274,7 +275,7 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
         # a process without an image repeats the first: a vector more than once changes no distance
         share = own_share(self.trainer, images)
         share = share if len(share) else images.subsample([0])
-        per_image = None if self.coreset_candidates is None else max(1, self.coreset_candidates // len(images))
+        per_image = self._candidates_per_image(len(images))
 
         def candidates(batch: Batch) -> Tensor:
             num_images = len(cast("Tensor", batch.image))
@@ -290,6 +291,10 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
         # one process selects, for all to have the same
         coreset = select_coreset(vectors, self.coreset_ratio).cpu() if self.trainer.is_global_zero else torch.empty(0)
         self.model.bank.fill(self.trainer.strategy.broadcast(coreset).to(self.device))
+
+    def _candidates_per_image(self, num_images: int) -> int | None:
+        """Normal features of an image that the bank is selected from; ``None`` stands for all."""
+        return None if self.coreset_candidates is None else max(1, self.coreset_candidates // num_images)
 
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Score a batch of images, whose codes are compared with those of the bank, not with a reconstruction.

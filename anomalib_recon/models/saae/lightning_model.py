@@ -172,7 +172,9 @@ class SAAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         self.use_one_cycle = use_one_cycle
         self.scales_features = feature_scale != "none"
         self.needs_datamodule = self.scales_features or distance == "mahalanobis"
-        self.feature_cache = FeatureCache(0 if backbone_dropout else feature_cache_gib)
+        self.feature_cache = FeatureCache(
+            feature_cache_gib, f"backbone_dropout={backbone_dropout} changes features" if backbone_dropout else None
+        )
         self._given_latent_dim = latent_dim
 
     def start_features(self, batch: Batch) -> Tensor:

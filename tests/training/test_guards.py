@@ -18,6 +18,7 @@ from anomalib_recon.models import ADTR
 from anomalib_recon.training.guards import STEPS_PER_LOOK
 from tests.conftest import write_stripes
 from tests.decodes import count_decodes
+from tests.tiny_models import build as build_tiny
 
 SMALL = {
     "backbone": "resnet18", "layers": ["layer1", "layer2"], "pre_trained": False, "image_size": 32, "feature_size": 4,
@@ -58,6 +59,13 @@ def assert_finite_weights(path: Path) -> None:
     for name, value in torch.load(path, weights_only=True)["state_dict"].items():
         # thresholds are set when a training ends
         assert value.isfinite().all() or name.startswith("post_processor."), (path, name)
+
+
+@pytest.mark.parametrize("name", ["FeatureInpainting", "InTra"])
+def test_weights_in_half_precision_are_refused(name: str, stripes: Path, tmp_path: Path) -> None:
+    engine = engine_in(tmp_path, precision="bf16-true")
+    with pytest.raises(ValueError, match="precision='bf16-true' rounds the weights themselves; train with bf16-mixed"):
+        engine.fit(build_tiny(name), datamodule=data(stripes))
 
 
 @pytest.mark.parametrize("step", [4, 5])

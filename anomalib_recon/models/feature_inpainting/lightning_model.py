@@ -26,7 +26,7 @@ from anomalib.visualization import Visualizer
 from torch import Tensor
 
 from anomalib_recon.models.base import ReconstructionModule
-from anomalib_recon.training import FeatureBatch, FeatureCache
+from anomalib_recon.training import FeatureCache
 
 from .loss import ResidualLoss
 from .torch_model import FeatureInpaintingModel
@@ -147,13 +147,7 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
         Returns:
             Tensor: The same, for Lightning, which would not count a step without it.
         """
-        del args, kwargs
-        cache = cast("FeatureCache", self.feature_cache)
-        (features,) = cache.read(batch) if isinstance(batch, FeatureBatch) else self.training_inputs(batch)
-        target = self.targets(features)
-        loss = self.loss(target, self.model.reconstruct(target))
-        self.log("train_loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(features))
-        return loss.detach().requires_grad_()
+        return cast("Tensor", super().training_step(batch, *args, **kwargs)).detach().requires_grad_()
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:

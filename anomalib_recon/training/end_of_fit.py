@@ -6,7 +6,6 @@ import copy
 import logging
 from typing import Any, cast
 
-import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import ValSplitMode
 from anomalib.metrics import Evaluator
@@ -142,7 +141,8 @@ class EndOfFit(Callback):
         """Save a checkpoint anew, if it is not of the finished model: with the weights that it has, finished."""
         checkpoint = trainer.strategy.checkpoint_io.load_checkpoint(path, map_location="cpu")
         final = {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
-        if not trainer.strategy.broadcast(_differ(checkpoint["state_dict"], final)):
+        is_complete = all(_is_equal(value, final[name]) for name, value in checkpoint["state_dict"].items())
+        if trainer.strategy.broadcast(is_complete):
             return
         if checkpoint["global_step"] == trainer.global_step:
             trainer.save_checkpoint(path)
@@ -150,6 +150,9 @@ class EndOfFit(Callback):
         module.load_state_dict(checkpoint["state_dict"])
         self._validate(trainer, module)
         checkpoint["state_dict"] = module.state_dict()
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, nn.Module) and callback.state_key in checkpoint.get("callbacks", {}):
+                checkpoint["callbacks"][callback.state_key] = callback.state_dict()  # the post-processor's thresholds
         trainer.strategy.save_checkpoint(checkpoint, path)
         module.load_state_dict(final)
 
@@ -175,8 +178,10 @@ def _validates_on_test_images(trainer: Trainer) -> bool:
     }
 
 
-def _differ(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return any(not torch.equal(value, second[name].to(value.device)) for name, value in first.items())
+def _is_equal(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are equal; of thresholds that were not set, NaN is equal to NaN."""
+    same_shape = first.shape == second.shape
+    return same_shape and bool(((first == second) | (first.isnan() & second.isnan())).all())
 
 
 def _average_statistics(trainer: Trainer) -> None:

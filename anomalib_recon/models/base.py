@@ -279,8 +279,13 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
             )
             raise ValueError(msg)
 
-    def initialize(self) -> None:
-        """Load weights that training starts from; called before it, if there is a cache and none is resumed."""
+    def initialize(self) -> bool:
+        """Load weights that training starts from; called at its start, if there is a cache and none is resumed.
+
+        Returns:
+            bool: Whether it did, so that features are to be computed by them.
+        """
+        return False
 
     def start_features(self, batch: Batch) -> Tensor:
         """Compute what :meth:`start` needs of a batch of pre-processed images; by default ``embed`` does."""

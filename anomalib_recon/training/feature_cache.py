@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from anomalib.data import AnomalibDataModule, AnomalibDataset
@@ -98,7 +98,6 @@ class FeatureCache(Callback):
         # a fit that no epoch is left for leaves the model as it is
         if stage != "fit" or trainer.ckpt_path is not None or _has_ended(trainer):
             return
-        module.initialize()
         self._prepare(trainer, module, datamodule)
         if datamodule is not None:
             module.start(self.normal_features(trainer, module))
@@ -106,9 +105,12 @@ class FeatureCache(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the trainer load places in the cache instead of images.
 
-        A resumed run fills the cache now; what its model has seen in the features comes with its weights.
+        A resumed run and a model with weights from elsewhere fill the cache now; what their model has seen in the
+        features comes with these.
         """
-        if trainer.ckpt_path is not None:
+        is_resumed = trainer.ckpt_path is not None
+        is_new = not is_resumed and not _has_ended(trainer)
+        if is_resumed or (is_new and cast("Any", pl_module).initialize() and self._parts):
             self._prepare(trainer, pl_module, getattr(trainer, "datamodule", None))
         if not self._parts:
             return

@@ -217,14 +217,18 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
             return one_cycle(optimizer, self)  # type: ignore[return-value]
         return [optimizer], [torch.optim.lr_scheduler.MultiStepLR(optimizer, [self.lr_drop_epoch])]
 
-    def initialize(self) -> None:
+    def initialize(self) -> bool:
         """Start ADTR+ from an ADTR.
+
+        Returns:
+            bool: Whether it is ADTR+.
 
         Raises:
             ValueError: If ``normal_checkpoint`` is not the checkpoint of an ADTR with the same network.
         """
         if self.labels:
             self._load_normal_checkpoint()
+        return self.labels is not None
 
     def start_features(self, batch: Batch) -> Tensor:
         """Features of a batch of images, before they are scaled."""

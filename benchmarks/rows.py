@@ -37,8 +37,8 @@ class Rows:
         self.arguments = {name: str(value) for name, value in vars(args).items() if name not in CHOOSE_ROWS}
         stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         self.figures: dict[str, dict[str, Any]] = stored.get("rows", {})
-        if self.figures and stored["arguments"] != self.arguments:
-            msg = f"{path} has figures of other arguments, {stored['arguments']}; pass another --output."
+        if self.figures and stored.get("arguments") != self.arguments:
+            msg = f"{path} has figures of other arguments, {stored.get('arguments')}; pass another --output."
             raise SystemExit(msg)
 
     def measure(self, name: str, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from benchmarks.rows import accuracy
 
-# what the benchmarks measure depends on the batches alone, and so these are the same everywhere
+# figures of different benchmarks are compared, so all have the same batches
 BATCHES = {"train_batch_size": 16, "eval_batch_size": 16, "num_workers": 0}
 
 

@@ -36,7 +36,7 @@ def anomalib(folder: Path, *args: str) -> None:
     subprocess.run([command, *args], check=True, cwd=folder, capture_output=True, timeout=300)
 
 
-def test_train_and_predict_from_the_command_line(stripes: Path, tmp_path: Path) -> None:
+def test_train_predict_and_export_from_the_command_line(stripes: Path, tmp_path: Path) -> None:
     arguments = [f"--model.{name}={value}" for name, value in {**SMALL, "image_size": 64}.items()]
     data = ["--data.root", str(stripes), "--data.category", "stripes", "--data.num_workers", "0"]
     anomalib(tmp_path, "train", "--model", "InTra", *arguments, "--data", "MVTecAD", *data, "--trainer.max_epochs", "2")
@@ -50,6 +50,12 @@ def test_train_and_predict_from_the_command_line(stripes: Path, tmp_path: Path) 
         "--default_root_dir", "predicted",
     )  # fmt: skip
     assert len(list((tmp_path / "predicted").rglob("*.png"))) == 6
+
+    anomalib(
+        tmp_path, "export", "--model", "InTra", "--ckpt_path", checkpoint, "--export_type", "openvino",
+        "--export_root", "exported",
+    )  # fmt: skip
+    assert (tmp_path / "exported" / "weights" / "openvino" / "model.xml").exists()
 
 
 def test_benchmark_compares_our_models_with_built_in_ones(

@@ -101,7 +101,10 @@ def run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     cli = AnomalibCLI(
         [
             "train", *model_arguments(), "--data", "DeepGreyFolder", "--data.name", "deep", "--data.root", str(root),
-            *command_line({f"data.{name}": value for name, value in {**FOLDERS, **LEVELS}.items()}),
+            # in batches of one, as a prediction: others round differently, and a pixel at the threshold changes sides
+            *command_line(
+                {f"data.{name}": value for name, value in {**FOLDERS, **LEVELS, "eval_batch_size": 1}.items()}
+            ),
             "--default_root_dir", str(folder), "--trainer.max_epochs", "6", "--trainer.accelerator", "cpu",
             "--trainer.enable_progress_bar", "false",
         ]
@@ -308,9 +311,7 @@ def test_predictions_on_the_command_line_are_those_of_a_test(root: Path, run: Ru
     assert [path.stem for path in pictures] == [path.stem for path in tested]
     for path, other in zip(pictures, tested, strict=True):  # a test shows the mask, too
         shown, expected = (np.asarray(Image.open(picture).convert("RGB")).astype(int) for picture in (path, other))
-        np.testing.assert_allclose(shown[64:, -512:-256], expected[64:, -512:-256], atol=2)
-        # batches of other sizes round differently, and so a pixel at the threshold may change sides
-        assert (np.abs(shown[64:, -256:] - expected[64:, -256:]) > 2).mean() < 0.01
+        np.testing.assert_allclose(shown[64:, -512:], expected[64:, -512:], atol=2)
 
 
 def test_pictures_show_the_image_between_the_levels(root: Path, run: Run) -> None:

@@ -51,19 +51,21 @@ def test_coreset_of_ratio_one_is_all(vectors: torch.Tensor) -> None:
     assert torch.equal(select_coreset(vectors, 1.0), vectors)
 
 
-def test_coreset_spreads_over_the_vectors_and_follows_the_seed(vectors: torch.Tensor) -> None:
-    def draw(seed: int) -> torch.Tensor:
-        torch.manual_seed(seed)
-        return select_coreset(vectors, 0.1)
-
-    first, again = draw(0), draw(0)
-    assert first.shape == (50, 24)
-    assert torch.equal(first, again)
-    assert (first[:, None] == vectors).all(dim=2).any(dim=1).all()
+def test_coreset_spreads_over_the_vectors(vectors: torch.Tensor) -> None:
+    coreset = select_coreset(vectors, 0.1)
+    assert coreset.shape == (50, 24)
+    assert (coreset[:, None] == vectors).all(dim=2).any(dim=1).all()
     # greedily, no vector is as far from the coreset as the coreset's own are from each other
     clusters = torch.eye(24)[:10].repeat_interleave(30, dim=0) + 1e-3 * torch.randn(300, 24)
-    torch.manual_seed(0)
     assert select_coreset(clusters, 1 / 30).argmax(dim=1).unique().numel() == 10
+
+
+def test_coreset_is_the_same_for_all_seeds_and_starts_in_the_middle(vectors: torch.Tensor) -> None:
+    moved = vectors + 3
+    coresets = [select_coreset(moved, 0.1) for _ in range(2)]
+    assert torch.equal(*coresets)
+    distances = (moved.double() - moved.double().mean(dim=0)).norm(dim=1)
+    assert torch.equal(coresets[0][0], moved[distances.argmin()])
 
 
 def test_coreset_takes_the_farthest_vector_each_time(vectors: torch.Tensor) -> None:

@@ -149,7 +149,8 @@ def stack_parts(parts: Iterable[Tensor], total: int) -> Tensor:
 def select_coreset(vectors: Tensor, ratio: float) -> Tensor:
     """Select vectors such that none of the others is far from all of them: greedy k-centres.
 
-    The first vector is drawn. Each further one is that with the greatest distance to its nearest selected one.
+    The first vector is the one nearest to the mean of all, so that a seed has no influence. Each further one is that
+    with the greatest distance to its nearest selected one.
     Each step takes one product of all vectors with the last selected one; anomalib's ``KCenterGreedy`` writes all
     differences to it, which takes several times as long on a CPU.
 
@@ -163,8 +164,8 @@ def select_coreset(vectors: Tensor, ratio: float) -> Tensor:
     if ratio == 1:
         return vectors
     selected = torch.empty(int(ratio * len(vectors)), dtype=torch.long, device=vectors.device)
-    index = torch.randint(len(vectors), ()).to(vectors.device)
     squares = vectors.square().sum(dim=1)  # (M,)
+    index = torch.addmv(squares, vectors, vectors.mean(dim=0), alpha=-2).argmin()
     closest = torch.full_like(squares, torch.inf)  # squared distance to the nearest selected vector
     # in place: new tensors of each step, with small ones kept between them, would take gigabytes
     distances = torch.empty_like(squares)

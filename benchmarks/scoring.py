@@ -63,7 +63,7 @@ def build(name: str) -> AnomalibModule:
         return model.eval()
     model = build_own(name, pre_trained=False)[0].eval()
     with torch.no_grad():
-        if name == "FeatureInpainting":
+        if name.startswith("FeatureInpainting"):
             model.model.fit([model.model.backbone(torch.rand(4, 3, *SIZE))])
         elif name == "PatchAE":
             codes = model.model.embed(torch.rand(1, 3, *SIZE))

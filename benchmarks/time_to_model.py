@@ -35,6 +35,7 @@ from benchmarks.trainings import BATCHES, create_engine, fit_and_test, keep_trai
 
 CONFIGS = {
     "FeatureInpainting": "model/feature_inpainting.yaml",
+    "FeatureInpainting, rank 0": "recommended/feature_inpainting_textures.yaml",
     "ADTR": "recommended/adtr.yaml",
     "SAAE": "recommended/saae.yaml",
     "PatchAE": "recommended/patch_ae.yaml",

@@ -59,6 +59,10 @@ def test_the_paper_config_states_the_defaults(model: type, name: str, given: dic
         ("model/patch_ae.yaml", ["--data", "DemoAD", "--model.backbone", "resnet18", "--model.pre_trained", "false"]),
         ("model/feature_inpainting.yaml", ["--data.category", "screw", "--model.pre_trained", "false"]),
         ("recommended/adtr.yaml", ["--data.category", "screw", "--model.pre_trained", "false"]),
+        (
+            "recommended/feature_inpainting_textures.yaml",
+            ["--data.category", "tile", "--model.pre_trained", "false"],
+        ),
         ("recommended/patch_ae.yaml", ["--data.category", "screw", "--model.pre_trained", "false"]),
         ("recommended/saae.yaml", ["--data.category", "screw", "--model.pre_trained", "false"]),
     ],

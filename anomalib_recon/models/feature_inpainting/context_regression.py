@@ -54,7 +54,7 @@ class ContextRegression(nn.Module):
         self.register_buffer("is_context", is_context.flatten(), persistent=False)
         self.is_context: Tensor
         self.linear = nn.Conv2d(context_dim, rank, window_size, padding=window_size // 2, bias=False)
-        self.units = nn.Conv2d(rank, num_units, kernel_size=1)
+        self.units = nn.Conv2d(rank, num_units, kernel_size=1) if num_units else None
         self.output = nn.Conv2d(rank + num_units, num_channels, kernel_size=1)
         self.requires_grad_(requires_grad=False)
         for parameter in self.parameters():  # nothing is predicted before :meth:`fit`
@@ -66,6 +66,8 @@ class ContextRegression(nn.Module):
 
     def _directions(self, predicted: Tensor) -> Tensor:
         """What the second regression sees, ``(B, r, h, w) -> (B, r + m, h, w)``."""
+        if self.units is None:
+            return predicted
         return torch.cat([predicted, functional.relu(self.units(predicted))], dim=1)
 
     @torch.no_grad()
@@ -85,7 +87,8 @@ class ContextRegression(nn.Module):
         predicted = weight.T @ first.inputs @ weight / first.count  # covariance of the predictions, (C, C)
         directions = torch.linalg.eigh(predicted).eigenvectors.flip(1)[:, : self.linear.out_channels]
         self._set_linear(weight @ directions)
-        self._draw_units((directions.T @ predicted @ directions).diagonal().clamp(min=1e-12).sqrt())
+        if self.units is not None:
+            _draw_units(self.units, (directions.T @ predicted @ directions).diagonal().clamp(min=1e-12).sqrt())
 
         second = NormalEquations()
         for number, batch in enumerate(features):
@@ -108,15 +111,6 @@ class ContextRegression(nn.Module):
         full = torch.zeros(self.linear.out_channels, self.context_dim, self.window_size**2)
         full[:, :, self.is_context.cpu()] = weight.T.float().unflatten(1, (self.context_dim, -1))
         self.linear.weight.copy_(full.unflatten(2, (self.window_size, -1)))
-
-    def _draw_units(self, std: Tensor) -> None:
-        """Draw the random combinations of directions with the given deviations, shape ``(r,)``."""
-        generator = torch.Generator().manual_seed(0)
-        num_units, rank = self.units.out_channels, len(std)
-        weight = torch.randn(num_units, rank, generator=generator) / (std.float() * rank**0.5)
-        self.units.weight.copy_(weight[:, :, None, None])
-        assert self.units.bias is not None
-        self.units.bias.copy_(BIAS_STD * torch.randn(num_units, generator=generator))
 
 
 class NormalEquations:
@@ -144,6 +138,16 @@ class NormalEquations:
         inputs.diagonal().add_(ridge)
         products = self.products / self.count * scale[:, None]
         return torch.cholesky_solve(products, torch.linalg.cholesky(inputs)) * scale[:, None]
+
+
+def _draw_units(units: nn.Conv2d, std: Tensor) -> None:
+    """Draw the random combinations of directions with the given deviations, shape ``(r,)``."""
+    generator = torch.Generator().manual_seed(0)
+    num_units, rank = units.out_channels, len(std)
+    weight = torch.randn(num_units, rank, generator=generator) / (std.float() * rank**0.5)
+    units.weight.copy_(weight[:, :, None, None])
+    assert units.bias is not None
+    units.bias.copy_(BIAS_STD * torch.randn(num_units, generator=generator))
 
 
 def _some_cells(features: Tensor, number: int) -> Tensor:

@@ -62,7 +62,7 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
             Defaults to ``7``.
         hole_size (int): Side of the part in its middle that is not seen, in cells, odd.
             Defaults to ``1``.
-        rank (int): Directions of the linear prediction that are kept.
+        rank (int): Directions of the linear prediction that are kept; 0 leaves the mean of the place as the prediction.
             Defaults to ``128``.
         num_units (int): Rectified random combinations of them that let the prediction bend; 0 leaves it linear.
             Defaults to ``1024``.

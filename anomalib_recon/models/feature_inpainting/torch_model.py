@@ -69,7 +69,7 @@ class FeatureInpaintingModel(Tiling, nn.Module):
             Defaults to ``7``.
         hole_size (int): Side of the part of it that is not seen, in cells, odd.
             Defaults to ``1``.
-        rank (int): Directions of the linear prediction that are kept.
+        rank (int): Directions of the linear prediction that are kept; 0 leaves the mean of the place as the prediction.
             Defaults to ``128``.
         num_units (int): Rectified random combinations of them that let the prediction bend; 0 leaves it linear.
             Defaults to ``1024``.
@@ -108,14 +108,16 @@ class FeatureInpaintingModel(Tiling, nn.Module):
         num_channels, grid_size = self.backbone.num_channels, self.backbone.grid_size
         self.scale = FeatureScale(self.backbone.layer_channels, by="whiten")
         self.register_buffer("place_mean", torch.zeros(num_channels, *grid_size))
-        self.regression = ContextRegression(
-            num_channels,
-            min(context_dim, num_channels),
-            window_size,
-            hole_size,
-            min(rank, num_channels),
-            num_units,
-        )
+        self.regression: ContextRegression | None = None
+        if rank:
+            self.regression = ContextRegression(
+                num_channels,
+                min(context_dim, num_channels),
+                window_size,
+                hole_size,
+                min(rank, num_channels),
+                num_units,
+            )
         self.anomaly_map_generator = AnomalyMapGenerator(num_channels, grid_size, image_size)
         self.score = TopMean(top_fraction)
 
@@ -148,6 +150,8 @@ class FeatureInpaintingModel(Tiling, nn.Module):
         Returns:
             Tensor: Prediction of the same shape.
         """
+        if self.regression is None:
+            return self.place_mean.expand_as(features)
         return self.place_mean + self.regression(features - self.place_mean)
 
     def compare(self, features: Tensor, reconstruction: Tensor) -> InferenceBatch:
@@ -170,7 +174,7 @@ class FeatureInpaintingModel(Tiling, nn.Module):
 
         Args:
             features (Iterable[Tensor]): What the backbone makes of the images, in batches of shape ``(b, C, h, w)``.
-                Iterated six times.
+                Iterated six times, and four with ``rank=0``.
         """
         self.scale.fit(features)
         total, count = torch.zeros_like(self.place_mean), 0
@@ -178,9 +182,10 @@ class FeatureInpaintingModel(Tiling, nn.Module):
             total += self.scale(batch).sum(dim=0)
             count += len(batch)
         self.place_mean.copy_(total / count)
-        centred = _Centred(self, features)
-        self.regression.fit(centred)
-        self.anomaly_map_generator.distance.fit(batch - self.regression(batch) for batch in centred)
+        if self.regression is not None:
+            self.regression.fit(_Centred(self, features))
+        scaled = (self.scale(batch) for batch in features)
+        self.anomaly_map_generator.distance.fit(batch - self.reconstruct(batch) for batch in scaled)
 
 
 class _Centred:
@@ -202,10 +207,11 @@ def _default_layers(backbone: str) -> list[str]:
 
 
 def _check_arguments(context_dim: int, window_size: int, hole_size: int, rank: int, num_units: int) -> None:
-    check_whole(context_dim=context_dim, window_size=window_size, hole_size=hole_size, rank=rank)
-    if isinstance(num_units, bool) or not isinstance(num_units, int) or num_units < 0:
-        msg = f"num_units must be a whole number from 0, got {num_units}; 0 leaves the prediction linear."
-        raise ValueError(msg)
+    check_whole(context_dim=context_dim, window_size=window_size, hole_size=hole_size)
+    for name, value, without in (("rank", rank, "the mean of the place"), ("num_units", num_units, "a linear one")):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            msg = f"{name} must be a whole number from 0, got {value}; 0 leaves {without} as the prediction."
+            raise ValueError(msg)
     for name, value in (("window_size", window_size), ("hole_size", hole_size)):
         if value % 2 == 0:
             msg = f"{name} must be odd, got {value}."

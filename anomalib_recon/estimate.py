@@ -4,8 +4,10 @@
 
 The model of a config is trained for a few steps, twice, on drawn pictures. What is done once for each image, such as
 computing features, is taken to grow in proportion to the number of images; PatchAE's choice of its bank grows with its
-square if coreset_ratio stays the same. Further arguments are those of `anomalib train` for model and trainer, such as
---trainer.accelerator cpu or --model.pre_trained false.
+square if coreset_ratio stays the same. Validation is that of four images. What InTra does after each epoch, the loss on
+up to 20 held-out images, counts once. A training that max_time ends takes that time between its first and last step.
+Further arguments are those of `anomalib train` for model and trainer, such as --trainer.accelerator cpu or
+--model.pre_trained false.
 """
 
 import argparse
@@ -26,6 +28,7 @@ import torch
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.data import AnomalibDataset
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Timer
 
 from anomalib_recon.experiments.training import hardware
 
@@ -42,6 +45,7 @@ class Clock(Callback):
         super().__init__()
         self.steps: list[float] = []
         self.feature_bytes = 0
+        self._step_began = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start, before the features are computed."""
@@ -49,21 +53,17 @@ class Clock(Callback):
         self.began = time.perf_counter()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note what came before the first step."""
-        del trainer
-        self.seconds_before = time.perf_counter() - self.began
+        """Note what came before the first step, which begins with the loading of its images."""
+        self._step_began = _now(trainer)
+        self.seconds_before = self._step_began - self.began
         self.feature_bytes = getattr(getattr(pl_module, "feature_cache", None), "num_bytes", 0)
 
-    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        """Start a step."""
-        del args
-        self._step_began = _now(trainer)
-
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """End a step."""
+        """End a step, and start the next one."""
         del args
         self.trained = _now(trainer)
         self.steps.append(self.trained - self._step_began)
+        self._step_began = self.trained
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,9 @@ class Trial:
     Attributes:
         num_images (int): Training images.
         before (float): Seconds before the first step.
-        step (float): Seconds of a step, the median.
-        after (float): Seconds after the last step: what the model computes at the end, validation, checkpoint.
+        step (float): Seconds of a step, the loading of its images included, the median.
+        after (float): Seconds after the last step: what the model computes at the end, validation of four images,
+            checkpoint.
         feature_bytes (int): Memory of the features that were kept.
         peak_bytes (int): Most memory that the process has had.
     """
@@ -132,7 +133,7 @@ def estimate(arguments: Sequence[str], num_images: int, batch_size: int = 32) ->
             msg = f"{name} must be positive, got {value}."
             raise ValueError(msg)
     with tempfile.TemporaryDirectory() as folder:
-        steps = _count_steps(_parse(arguments, Path(folder)), math.ceil(num_images / batch_size))
+        steps, seconds = _limits(_parse(arguments, Path(folder)), math.ceil(num_images / batch_size))
         counts = [batches * batch_size for batches in BATCHES]
         (small, _), (large, trainer) = (_try(arguments, count, batch_size, Path(folder)) for count in counts)
         features_gib = large.feature_bytes / large.num_images * num_images / GIB
@@ -149,21 +150,23 @@ def estimate(arguments: Sequence[str], num_images: int, batch_size: int = 32) ->
         return second + slope * (num_images - large.num_images)
 
     before, after, peak = (max(0.0, at(name)) for name in ("before", "after", "peak_bytes"))
-    return Estimate(before, steps, large.step, after, peak, features), trainer
+    return Estimate(before, int(min(steps, seconds / large.step)), large.step, after, peak, features), trainer
 
 
 def _parse(arguments: Sequence[str], folder: Path) -> AnomalibCLI:
     return AnomalibCLI(["train", *arguments, "--default_root_dir", str(folder)], run=False)
 
 
-def _count_steps(cli: AnomalibCLI, batches: int) -> int:
+def _limits(cli: AnomalibCLI, batches: int) -> tuple[float, float]:
+    """Steps and seconds after which a training ends; infinite if it does not by them."""
     trainer = cli.config["train"]["trainer"]
     most = [trainer["max_epochs"] * batches] if (trainer["max_epochs"] or -1) > 0 else []
     most += [trainer["max_steps"]] if (trainer["max_steps"] or -1) > 0 else []
-    if not most:
-        msg = "Nothing ends the training: pass --trainer.max_epochs, or set it in the config."
+    seconds = Timer(trainer["max_time"]).time_remaining()
+    if not most and seconds is None:
+        msg = "Nothing ends the training: pass --trainer.max_epochs or --trainer.max_time, or set it in the config."
         raise ValueError(msg)
-    return min(most)
+    return min(most, default=math.inf), math.inf if seconds is None else seconds
 
 
 def _try(arguments: Sequence[str], num_images: int, batch_size: int, folder: Path) -> tuple[Trial, Trainer]:

@@ -116,7 +116,14 @@ def main(args: Sequence[str] = ()) -> dict[str, float]:
 
     Returns:
         dict[str, float]: Test metrics.
+
+    Raises:
+        ValueError: If an argument names another model or other data.
     """
+    for name in ("--model", "--data"):
+        if any(argument == name or argument.startswith(f"{name}=") for argument in args):
+            msg = f"{name} cannot be chosen here: the quickstart is InTra on drawn data; use `anomalib train {name}`."
+            raise ValueError(msg)
     start = time.monotonic()
     seed_everything(SEED)  # `anomalib train` reads an argument of this name and does nothing with it
     training = run("train", "--config", str(config_path("quickstart/intra.yaml")), *args)

@@ -107,7 +107,7 @@ def main() -> None:
     logging.disable(logging.INFO)
     rows = Rows(args.output / f"{args.category}.json", args)
     for name in args.models:
-        rows.measure(name, partial(train_and_test, name, args))
+        rows.measure(f"{name}, {args.minutes:g} min", partial(train_and_test, name, args))
 
 
 if __name__ == "__main__":

@@ -155,7 +155,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.INFO)
     for datamodule in datamodules(arguments):
-        rows = Rows(arguments.output / f"{datamodule.category}.json", arguments)
+        source = "demo_" if isinstance(datamodule, DemoAD) else ""  # both have a grid
+        rows = Rows(arguments.output / f"{source}{datamodule.category}.json", arguments)
         for row in arguments.rows:
             rows.measure(row, partial(measure, row, datamodule, arguments))
 

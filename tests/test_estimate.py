@@ -46,12 +46,24 @@ def test_features_that_do_not_fit_are_found_out(few_pictures: None, tmp_path: Pa
     assert "more than feature_cache_gib=2: computed anew in each epoch" in found.features
 
 
+def test_a_training_that_a_time_ends_is_estimated(few_pictures: None, tmp_path: Path) -> None:
+    config = config_of("InTra", tmp_path, max_epochs=-1, max_time="00:00:05:00")
+    found = estimate.main(["--config", config, "--images", "20", "--batch_size", "4"])
+    assert found.steps * found.step == pytest.approx(300, rel=0.01)
+    config = config_of("InTra", tmp_path, max_epochs=1, max_time="00:00:05:00")
+    assert estimate.main(["--config", config, "--images", "20", "--batch_size", "4"]).steps == 5
+
+
 def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     config = config_of("SAAE", tmp_path)
     with pytest.raises(ValueError, match="config must be a file"):
         estimate.main(["--config", str(tmp_path / "no.yaml"), "--images", "10"])
     with pytest.raises(ValueError, match="images must be positive, got 0"):
         estimate.main(["--config", config, "--images", "0"])
+    endless = config_of("InTra", tmp_path, max_epochs=-1)
+    with pytest.raises(ValueError, match=r"Nothing ends the training: pass --trainer\.max_epochs or"):
+        estimate.main(["--config", endless, "--images", "10"])
+    config = config_of("SAAE", tmp_path)
     with pytest.raises(ValueError, match="batch_size must be positive, got -1"):
         estimate.main(["--config", config, "--images", "10", "--batch_size", "-1"])
 

@@ -2,15 +2,18 @@
 
 """Several products in one model: trained together, with thresholds and metrics of their own."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from anomalib import TaskType
 from anomalib.cli import AnomalibCLI
 from anomalib.data import Folder, PredictDataset
 from anomalib.engine import Engine
 from anomalib.post_processing import PostProcessor
+from anomalib.utils.path import generate_output_filename
 from lightning.pytorch.callbacks import EarlyStopping
 from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader
@@ -46,6 +49,31 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def datamodule(root: Path, names: list[str]) -> SeveralCategories:
     return SeveralCategories(root, names, num_workers=0, eval_batch_size=7)
+
+
+def test_pictures_are_named_by_category_wherever_the_root_is(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root)
+    (tmp_path / "link").symlink_to(root)
+    for given in (Path(), tmp_path / "link"):
+        data = datamodule(given, NAMES)
+        data.setup()
+        good = [item.image_path for item in data.test_data if not item.gt_label]
+        assert data.name in Path(good[0]).parts
+        names = {generate_output_filename(path, tmp_path, data.name, data.category, mkdir=False) for path in good}
+        assert len(names) == len(good) == 12
+
+
+def test_masks_of_some_defects_alone_are_refused(root: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(root, tmp_path / "data", ignore=shutil.ignore_patterns("results"))
+    shutil.rmtree(copy / "bright" / "ground_truth")
+    with pytest.raises(ValueError, match=r"categories must all have masks, or none, but there is no folder .*bright"):
+        datamodule(copy, NAMES).setup()
+    shutil.rmtree(copy / "dark" / "ground_truth")
+    data = datamodule(copy, NAMES)
+    data.setup()
+    assert data.test_data.task == TaskType.CLASSIFICATION
 
 
 def run(root: Path, names: list[str], post_processor: PostProcessor, products: list[str] | None) -> tuple:

@@ -40,3 +40,9 @@ def test_quickstart_trains_shows_exports_and_runs(
     assert scores == sorted(scores, reverse=True)
     assert "$ anomalib train --config" in printed
     assert "good/000.png" in printed
+
+
+@pytest.mark.parametrize("argument", ["--model=SAAE", "--data"])
+def test_another_model_and_other_data_are_refused(argument: str) -> None:
+    with pytest.raises(ValueError, match=r"cannot be chosen here: the quickstart is InTra on drawn data"):
+        quickstart.main([argument, "MVTecAD"])

@@ -5,6 +5,7 @@ import pytest
 import torch
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.data import ImageBatch, ImageItem
+from anomalib.models import Padim
 from anomalib.visualization import ImageVisualizer
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
@@ -165,6 +166,20 @@ def test_contact_sheet_shows_what_the_model_was_wrong_about(demo, tmp_path) -> N
         expected.sort(key=lambda name: abs(scores[name] - 0.5), reverse=True)
         assert [case.path for case in cases] == expected[:10]
         assert all(case.score == pytest.approx(scores[case.path], abs=1e-6) for case in cases)
+
+
+def test_contact_sheet_shows_the_files_of_a_model_that_normalises(demo, tmp_path) -> None:
+    sheet = ContactSheetVisualizer()
+    model = Padim("resnet18", layers=["layer1"], pre_trained=False, n_features=8, visualizer=sheet)
+    engine = engine_in(tmp_path)
+    engine.fit(model, datamodule=demo_data(demo))
+    engine.test(model, datamodule=demo_data(demo), verbose=False)
+    cases = [*sheet.misses, *sheet.false_alarms]
+    assert cases
+    for case in cases:
+        picture = Image.open(case.path).convert("RGB")
+        picture.thumbnail((192, 192))
+        assert np.array_equal(case.image, np.asarray(picture))
 
 
 def test_a_test_on_the_command_line_draws_a_contact_sheet(demo, tmp_path) -> None:

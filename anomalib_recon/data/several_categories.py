@@ -65,8 +65,9 @@ class SeveralCategories(Folder):
         val_split_ratio: float = 0.5,
         seed: int | None = None,
     ) -> None:
+        root = Path(root).resolve()  # the names of pictures are taken from the files' paths, which are
         super().__init__(
-            name=Path(root).name,
+            name=root.name,
             root=root,
             normal_dir=[f"{category}/train/good" for category in categories],
             normal_test_dir=[f"{category}/test/good" for category in categories],
@@ -87,7 +88,7 @@ class SeveralCategories(Folder):
         """Find the folders of defects and of their masks.
 
         Raises:
-            ValueError: If a category has no folder.
+            ValueError: If a category has no folder, or some defects have masks and others none.
         """
         folders = [Path(str(self.root)) / category for category in self.categories]
         for folder in folders:
@@ -97,5 +98,9 @@ class SeveralCategories(Folder):
         tests = [path for folder in folders for path in sorted((folder / "test").glob("*/")) if path.name != "good"]
         self.abnormal_dir = [path.absolute() for path in tests]
         masks = [path.absolute().parents[1] / "ground_truth" / path.name for path in tests]
-        self.mask_dir = masks if masks and all(path.is_dir() for path in masks) else None
+        missing = [path for path in masks if not path.is_dir()]
+        if 0 < len(missing) < len(masks):
+            msg = f"categories must all have masks, or none, but there is no folder {missing[0]}; add it."
+            raise ValueError(msg)
+        self.mask_dir = masks if masks and not missing else None
         super()._setup(_stage)

@@ -5,6 +5,7 @@
 import json
 import os
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +16,47 @@ from anomalib.cli.cli import AnomalibCLI
 from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
-from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
 from anomalib_recon.files import write_whole
 
 
-class TrainingTime(Timer):
-    """Time of a training, whose interrupted parts count as far as they are in the checkpoint."""
+class TrainingTime(Callback):
+    """Time of a training, of which interrupted parts count as far as they are in the checkpoint.
 
-    def __init__(self) -> None:  # Lightning cannot write Timer's own arguments to the config that it saves
+    It begins before a model computes features. Lightning's own ``Timer`` begins later, and with one among the
+    callbacks, a trainer leaves its ``max_time`` out.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
+        self._earlier = 0.0
+        self._began: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Time so far."""
+        return self._earlier + (0.0 if self._began is None else time.monotonic() - self._began)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start the clock."""
+        del trainer, pl_module
+        if stage == "fit":
+            self._began = time.monotonic()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stop the clock."""
+        del trainer, pl_module
+        if stage == "fit":
+            self._earlier, self._began = self.seconds, None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Save the time so far."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Add the time of the parts before."""
+        self._earlier = state_dict["seconds"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +67,7 @@ class Trained:
         engine (Engine): Engine that has trained it.
         model (AnomalibModule): The model.
         datamodule (AnomalibDataModule): Its data.
-        seconds (float): Time of training.
+        seconds (float): Time of training, features and what follows the last epoch included.
     """
 
     engine: Engine
@@ -70,8 +101,8 @@ def train(
     # `anomalib train --ckpt_path` would test that checkpoint in the end, and not what has become of it
     cli.engine.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
     callbacks = cli.engine.trainer.callbacks  # type: ignore[attr-defined]
-    [time] = (callback.time_elapsed() for callback in callbacks if isinstance(callback, TrainingTime))
-    return Trained(cli.engine, cli.model, cli.datamodule, time)
+    [seconds] = (callback.seconds for callback in callbacks if isinstance(callback, TrainingTime))
+    return Trained(cli.engine, cli.model, cli.datamodule, seconds)
 
 
 def hardware(trainer: Trainer) -> str:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from anomalib_recon.deploy.grey_levels import is_deep
 from anomalib_recon.files import write_whole
 
 from .visualizer import ReconstructionVisualizer
@@ -139,13 +140,23 @@ def _threshold(module: Any, kind: Literal["image", "pixel"]) -> float:
 
 def _thumbnails(item: ImageItem) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None]:
     """Image and anomaly map of an item, scaled to fit a square."""
-    pixels = cast("Tensor", item.image).float().clamp(0, 1).mul(255).byte().permute(1, 2, 0).cpu().numpy()
-    image = Image.fromarray(pixels)
+    image = _picture(item)
     image.thumbnail((SIDE, SIDE))
     if item.anomaly_map is None:
         return np.asarray(image), None
     anomaly_map = Image.fromarray(item.anomaly_map.float().squeeze().cpu().numpy())
     return np.asarray(image), np.asarray(anomaly_map.resize(image.size, Image.Resampling.BILINEAR))
+
+
+def _picture(item: ImageItem) -> Image.Image:
+    """The image from its file, as in anomalib's pictures: a built-in model has normalised what it has seen.
+
+    Of a file with more than 8 bits of grey, and without a file, what the model has seen.
+    """
+    if item.image_path and not is_deep(item.image_path):
+        return Image.open(item.image_path).convert("RGB")
+    pixels = cast("Tensor", item.image).float().clamp(0, 1).mul(255).byte().permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(pixels)
 
 
 def draw_contact_sheet(sheet: ContactSheetVisualizer, image_threshold: float, pixel_threshold: float) -> Figure:

@@ -20,7 +20,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 
 from anomalib_recon.config_files import config_path
 from anomalib_recon.experiments.compare.__main__ import main
-from anomalib_recon.experiments.compare.plots import chosen_cases
+from anomalib_recon.experiments.compare.plots import chosen_cases, speed_against_accuracy
 from anomalib_recon.experiments.compare.ranking import advise, rank_models
 from anomalib_recon.experiments.compare.runs import read_runs
 from anomalib_recon.experiments.compare.scores import Scores
@@ -171,6 +171,15 @@ def test_what_is_finished_is_not_done_again(arguments: list[str], output: Path, 
     assert (output / "report.html").exists()
     with pytest.raises(ValueError, match=r"holds a run with other settings \(arguments"):
         main([*arguments, "--data.train_batch_size", "2"])
+    # what is not trained in this call is in the report, too
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(arguments"):
+        main([*arguments, "--models", "other", "--data.train_batch_size", "2"])
+
+
+@pytest.mark.parametrize(("argument", "known"), [("--models", "'other'"), ("--datasets", "'stripes'")])
+def test_a_name_that_the_config_lacks_is_refused(arguments: list[str], argument: str, known: str) -> None:
+    with pytest.raises(ValueError, match=rf"{argument} 'othr' is not in the config: choose from .*{known}"):
+        main([*arguments, argument, "othr"])
 
 
 def test_several_devices_are_refused(arguments: list[str], tmp_path: Path) -> None:
@@ -192,6 +201,29 @@ def test_a_model_without_export_is_reported(arguments: list[str], output: Path, 
     assert pd.read_csv(output / "formats.csv", index_col="format").loc["fp16", "milliseconds":].isna().all()
     [line] = [line for line in (output / "formats.md").read_text(encoding="utf-8").splitlines() if "fp16" in line]
     assert set(line.split("fp16")[1]) == {" ", "|"}
+
+
+def test_data_without_masks_are_reported(arguments: list[str], output: Path, folder: Path) -> None:
+    """Neither the metrics nor the formats have figures of pixels then."""
+    texts = {name: (folder / name).read_text(encoding="utf-8") for name in ("result.json", "formats.json")}
+    result, formats = map(json.loads, texts.values())
+    of_images = {key: value for key, value in result.items() if not key.startswith("pixel")}
+    (folder / "result.json").write_text(json.dumps(of_images))
+    for row in formats.values():
+        del row["pixel_AUROC"]
+    (folder / "formats.json").write_text(json.dumps(formats))
+    main([*arguments, "--only_report"])
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    frame = pd.read_csv(output / "formats.csv", index_col="format")
+    assert frame[["pixel_AUROC", "pixel_AUROC_change"]].isna().all(axis=None)
+    assert frame["image_AUROC_change"].notna().all()
+
+
+def test_a_test_set_without_defects_is_drawn() -> None:
+    results = pd.DataFrame({"model": ["a"], "data": "x", "image_AUROC": np.nan, "openvino_ms": 2.0, "torch_ms": 3.0})
+    with Image.open(io.BytesIO(speed_against_accuracy(results))) as picture:
+        picture.verify()
 
 
 def test_the_clearest_and_the_hardest_cases_are_shown() -> None:

@@ -38,26 +38,27 @@ def main(args: Sequence[str] | None = None) -> None:
         args (Sequence[str] | None): Command-line arguments; those of the process by default.
 
     Raises:
-        ValueError: If the config has none of the named models and data sets, or ``--output`` holds runs with other
-            settings.
+        ValueError: If the config lacks a named model or data set, or ``--output`` holds runs with other settings.
     """
     options, further = build_parser().parse_known_args(args)
     runs = read_runs(options.config, options.output, further)
     if not options.only_report:
-        chosen = [
-            run
-            for run in runs
-            if run.model in (options.models or [run.model]) and run.data in (options.datasets or [run.data])
-        ]
-        if not chosen:
-            names = sorted({run.model for run in runs} | {run.data for run in runs})
-            msg = f"--models and --datasets leave nothing of {options.config}: choose among {', '.join(names)}."
-            raise ValueError(msg)
-        for run in chosen:
+        models = _chosen("--models", options.models, [run.model for run in runs])
+        datasets = _chosen("--datasets", options.datasets, [run.data for run in runs])
+        for run in runs:  # those that are not chosen, too, as the report has them
             run.check()
-        for run in chosen:
-            run.run()
+        for run in runs:
+            if run.model in models and run.data in datasets:
+                run.run()
     print(f"\n{write_report(runs, options.title, options.output)}")
+
+
+def _chosen(argument: str, names: Sequence[str] | None, known: Sequence[str]) -> Sequence[str]:
+    for name in names or ():
+        if name not in known:
+            msg = f"{argument} {name!r} is not in the config: choose from {', '.join(map(repr, dict.fromkeys(known)))}."
+            raise ValueError(msg)
+    return names or known
 
 
 if __name__ == "__main__":

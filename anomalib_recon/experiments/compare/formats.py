@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import openvino
 import torch
-from anomalib.data import AnomalibDataModule, AnomalibDataset
+from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import read_image
 from anomalib.deploy import CompressionType, ExportType
 from anomalib.models import AnomalibModule
@@ -134,7 +134,7 @@ def _measure_torch(trained: Trained, scores: Scores) -> dict[str, Any]:
         "speed_up": 1.0,
         "images_per_second": THROUGHPUT_IMAGES / (time.perf_counter() - start),
         "mb": None,
-        **_auroc(infer, trained.datamodule.test_data),
+        **_auroc(infer, trained),
     }
 
 
@@ -148,7 +148,7 @@ def _measure_openvino(exported: Path, arithmetic: str, trained: Trained, scores:
         "speed_up": torch_milliseconds / milliseconds,
         "images_per_second": _throughput(exported, arithmetic, scores),
         "mb": openvino_megabytes(exported),
-        **_auroc(infer, trained.datamodule.test_data),
+        **_auroc(infer, trained),
     }
 
 
@@ -174,13 +174,17 @@ def _images(scores: Scores) -> Iterator[Tensor]:
         yield image[None]
 
 
-def _auroc(infer: Infer, dataset: AnomalibDataset) -> dict[str, float]:
+def _auroc(infer: Infer, trained: Trained) -> dict[str, float]:
+    dataset = trained.datamodule.test_data
+    transform: Any = getattr(trained.model.pre_processor, "transform", None)
     metrics = [
         AUROC(["pred_score", "gt_label"], prefix="image_"),
         AUROC(["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
     ]
     for batch in DataLoader(dataset, batch_size=1, collate_fn=dataset.collate_fn):
         outputs = infer(batch.image)
+        if transform and batch.gt_mask is not None:  # some crop images and masks
+            _, batch.gt_mask = transform(batch.image, batch.gt_mask)
         batch.update(pred_score=outputs["pred_score"].flatten(), anomaly_map=outputs["anomaly_map"])
         for metric in metrics:
             metric.update(batch)

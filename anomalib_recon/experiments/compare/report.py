@@ -75,7 +75,7 @@ def formats_frame(runs: Sequence[Run]) -> pd.DataFrame:
     frames = {}
     for run in runs:
         if rows := read_json(run.folder / "formats.json"):
-            frame = pd.DataFrame(list(rows.values()), index=list(rows))
+            frame = pd.DataFrame(list(rows.values()), index=list(rows), columns=list(FORMAT_COLUMNS))
             for metric in ("image_AUROC", "pixel_AUROC"):
                 frame[f"{metric}_change"] = frame[metric] - frame.at["torch", metric]
             frames[run.data, run.model] = frame

@@ -92,14 +92,15 @@ class Run:
         config = self.folder / "config.yaml"
         write_whole(config, yaml.safe_dump(dict(self.config), sort_keys=False).encode())
         trained = train(["--config", str(config), *self.arguments], self.folder, self.seed, _prepare)
-        scores, maps, masks = score(trained)  # before the test, which takes the training's data from the trainer
+        datamodule = trained.datamodule
+        # before the test, which takes the training's data from the trainer, and the model from its device
+        scores, maps, masks = score(trained)
+        training = score_training_images(trained.model, datamodule.train_data, datamodule.eval_batch_size)
         [metrics] = trained.engine.test(trained.model, datamodule=trained.datamodule)
         threshold = cast("PostProcessor", trained.model.post_processor).image_threshold.item()
         write_whole(self.folder / "scores.npz", scores.to_bytes())
-        datamodule = trained.datamodule
         levels = levels_of(datamodule)
         write_whole(self.folder / "cases.png", cases(scores, maps, masks, threshold, levels))
-        training = score_training_images(trained.model, datamodule.train_data, datamodule.eval_batch_size)
         write_whole(self.folder / "training_scores.npz", training.to_bytes())
         write_whole(self.folder / "training_images.png", training_picture(training, levels))
         device = trained.engine.trainer.strategy.root_device

@@ -96,14 +96,18 @@ def main(args: Sequence[str] | None = None) -> None:
     root = options.root or Path(table.dataset.root)
     runs = Runs(table, root, options.output / table.name, further, options.seed)
     if not options.only_table:
-        cells = chosen_cells(table, chosen_methods(table, options.methods), options.categories, root)
-        for row, category in cells:  # refused before hours of training, not after
+        methods = chosen_methods(table, options.methods)
+        cells = chosen_cells(table, methods, options.categories, root)
+        others = [(table.rows[name], category) for name, category in finished_results(runs)]
+        # refused before hours of training, not after; a mean of all categories is one of equal trainings
+        for row, category in [*cells, *((row, category) for row, category in others if row in methods)]:
             runs.check(row, category)
         for row, category in cells:
             runs.run(row, category)
             write_summary(table, finished_results(runs), runs.folder)
-    write_summary(table, finished_results(runs), runs.folder)
-    print(f"\n{markdown(table, finished_results(runs))}\n{runs.folder / 'table.md'}")
+    results = finished_results(runs)
+    write_summary(table, results, runs.folder)
+    print(f"\n{markdown(table, results)}\n{runs.folder / 'table.md'}")
 
 
 if __name__ == "__main__":

@@ -92,6 +92,7 @@ class Runs:
             "overrides": self.table.overrides_of(row, category),
             "arguments": list(self.arguments),
             "seed": self.seed,
+            "root": None if self.table.dataset.is_downloaded else str(self.root.resolve()),
         }
 
     def _arguments(self, row: Row, category: str, start: dict[str, Any]) -> list[str]:

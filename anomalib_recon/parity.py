@@ -131,7 +131,8 @@ def export(model: AnomalibModule, folder: Path) -> list[Path]:
 def find_difference(expected: Predictions, exported: ExportedModel, levels: GreyLevels | None = None) -> Difference:
     """Compare an export with what the checkpoint predicts.
 
-    Scores that are not normalised are divided by the range of the checkpoint's.
+    Scores beyond [0, 1], which are not normalised, are divided by the range of the checkpoint's. A score that is NaN or
+    infinite differs infinitely.
 
     Args:
         expected (Predictions): What the checkpoint predicts.
@@ -151,7 +152,7 @@ def find_difference(expected: Predictions, exported: ExportedModel, levels: Grey
             if scores not in prediction:
                 continue
             reference = prediction[scores]
-            difference = np.abs(outputs[scores].reshape(reference.shape) - reference)
+            difference = np.nan_to_num(np.abs(outputs[scores].reshape(reference.shape) - reference), nan=np.inf)
             largest[scores] = max(largest[scores], float(difference.max()))
             lowest[scores] = min(lowest[scores], float(reference.min()))
             highest[scores] = max(highest[scores], float(reference.max()))

@@ -5,6 +5,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.models import Padim
@@ -56,6 +57,22 @@ def test_bounds_decide(padim: str, demo: Path, tmp_path: Path, capsys: pytest.Ca
     data = ["--data", "Folder", "--data.name", "grid", "--data.normal_dir", str(images)]
     model = AnomalibCLI(["fit", "--model", "Padim", "--model.pre_trained", "false", *data], run=False).model
     assert type(model) is Padim
+
+
+def test_an_export_without_numbers_breaks_every_bound(demo: Path) -> None:
+    [path] = sorted((demo_data(demo).root / "grid" / "test" / "good").iterdir())[:1]
+    values = {"pred_score": np.array(0.03), "anomaly_map": np.full((1, 8, 8), 0.02)}
+    expected = {path: values | {"anomaly_map": np.linspace(0, 2, 64).reshape(1, 8, 8)}}
+
+    def differs(**outputs: np.ndarray) -> parity.Difference:
+        exported = {**expected[path], **outputs}
+        return parity.find_difference(expected, lambda images: {key: value[None] for key, value in exported.items()})
+
+    assert differs().score == differs().map == 0
+    assert differs(pred_score=np.array(np.nan)).score == np.inf
+    assert differs(anomaly_map=np.full((1, 8, 8), np.nan)).map == np.inf
+    # a map beyond [0, 1] is not normalised: its difference is a share of its range
+    assert differs(anomaly_map=expected[path]["anomaly_map"] + 0.1).map == pytest.approx(0.05)
 
 
 def test_what_cannot_work_is_refused(padim: str, demo: Path, tmp_path: Path) -> None:

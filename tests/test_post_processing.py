@@ -21,6 +21,7 @@ from anomalib.models import Padim
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import Callback
 from PIL import Image
 from torch import nn
 from torchvision.transforms.v2 import RandomInvert, Resize
@@ -241,6 +242,16 @@ def test_fit_from_a_finished_training_sets_other_rates(fitted: tuple[Tiny, Path]
         assert int(predictions.pred_mask.sum()) == 0.2 * NUM_IMAGES * SIZE**2
 
 
+def test_a_fit_takes_the_values_of_the_constructor(fitted: tuple[Tiny, Path], noise: Path, tmp_path: Path) -> None:
+    """Not those of the checkpoint that it goes on from."""
+    model = Tiny(post_processor=FalsePositiveRatePostProcessor(enable_normalization=False))
+    engine = fit(model, normal_only(noise), tmp_path, ckpt_path=fitted[1])
+    assert not model.post_processor.enable_normalization
+    loaded = Tiny.load_from_checkpoint(engine.best_model_path)
+    assert not loaded.post_processor.enable_normalization
+    assert torch.equal(loaded.post_processor.image_threshold, model.post_processor.image_threshold.cpu())
+
+
 def test_held_out_normal_images(noise: Path, tmp_path: Path) -> None:
     model = Tiny(post_processor=FalsePositiveRatePostProcessor(pixel_fpr=0.01, split="val"))
     datamodule = normal_only(noise, val_split_mode="from_train", val_split_ratio=0.25, seed=0)
@@ -377,6 +388,17 @@ def test_missing_images_are_reported_before_training(noise: Path, tmp_path: Path
     ):
         fit(model, datamodule, tmp_path)
     assert model.model.weight[0].item() == 30
+
+
+def test_an_error_before_the_set_up_is_the_one_that_is_raised(noise: Path, tmp_path: Path) -> None:
+    class Broken(Callback):
+        def setup(self, *args, **kwargs) -> None:
+            message = "no such image"
+            raise OSError(message)
+
+    model = Tiny(post_processor=FalsePositiveRatePostProcessor())
+    with pytest.raises(OSError, match="no such image"):
+        fit(model, normal_only(noise), tmp_path, callbacks=[Broken()])
 
 
 def test_nan_scores_are_refused(noise: Path, tmp_path: Path) -> None:

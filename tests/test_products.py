@@ -156,6 +156,10 @@ def test_a_command_trains_one_model_for_several_categories(root: Path, tmp_path:
     path = checkpoint_of(cli.engine)
     loaded = SAAE.load_from_checkpoint(path, post_processor=ProductPostProcessor(NAMES))
     assert torch.equal(loaded.post_processor.image_threshold, cli.model.post_processor.image_threshold.cpu())
+    with pytest.raises(ValueError, match=r"post_processor must be ProductPostProcessor\(\['dark', 'bright'\]\)"):
+        SAAE.load_from_checkpoint(path)
+    with pytest.raises(ValueError, match="needs a checkpoint with thresholds of each product, and this one has"):
+        ProductPostProcessor(NAMES).load_checkpoint_config(FalsePositiveRatePostProcessor().checkpoint_config())
     with pytest.raises(ValueError, match=r"products must be those of the checkpoint, \['dark', 'bright'\]"):
         SAAE.load_from_checkpoint(path, post_processor=ProductPostProcessor(["bright", "dark"]))
 

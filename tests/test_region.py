@@ -185,6 +185,10 @@ def test_a_checkpoint_brings_its_region(demo: Path, tmp_path: Path) -> None:
     loaded = type(model).load_from_checkpoint(checkpoint_of(engine), post_processor=other)
     assert loaded.eval()(images).anomaly_map[..., 40:].any()
     assert not loaded(images).anomaly_map[..., :32].any()
+    # and so does what it scores by
+    other = RegionPostProcessor(POLYGON, top_fraction=0.5)
+    loaded = type(model).load_from_checkpoint(checkpoint_of(engine), post_processor=other)
+    assert loaded.post_processor.top_fraction == 0.5
 
 
 def test_a_built_in_model_has_a_region_by_command(demo: Path, tmp_path: Path) -> None:
@@ -234,6 +238,9 @@ def test_what_cannot_have_a_region_is_refused(roots: dict[int, Path], caplog: py
         RegionPostProcessor(POLYGON, top_fraction=10)
     with pytest.raises(ValueError, match="only scores"):
         RegionPostProcessor(POLYGON)(InferenceBatch(pred_score=torch.zeros(2)))
+    strip = RegionPostProcessor([(0.5, 0), (0.502, 0), (0.502, 1), (0.5, 1)])
+    with pytest.raises(ValueError, match=r"region must hold a pixel of the anomaly map, which has the size \(64, 64\)"):
+        strip(InferenceBatch(anomaly_map=torch.rand(1, 1, 64, 64)))
     whole_maps = metrics.AUPRO(fields=["anomaly_map", "gt_mask"], prefix="pixel_")
     with pytest.raises(ValueError, match=r"pixel_AUPRO of anomalib needs whole maps"):
         run(roots[WIDTH], RegionPostProcessor(POLYGON), RawScoreEvaluator(test_metrics=[whole_maps]))

@@ -2,6 +2,7 @@
 
 """Other thresholds for an exported model, from normal images, without torch."""
 
+import filecmp
 import math
 import shutil
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ def find_thresholds(
     levels: GreyLevels | None = None,
 ) -> Thresholds:
     """Find the lowest thresholds at which at most a fraction of normal images and of their pixels is anomalous.
+
+    Of a model with a region of interest, pixels are those inside, counted by the share of the image that they are.
 
     The scale of the scores is that of :class:`anomalib_recon.post_processing.FalsePositiveRatePostProcessor`: their
     lowest becomes 0, the threshold 0.5, and what is twice as far from the lowest 1.
@@ -54,7 +57,7 @@ def find_thresholds(
         msg = "paths must name at least one normal image, got none."
         raise ValueError(msg)
     normalized = model.thresholds.normalized
-    images, pixels = _Highest(image_fpr, len(paths)), _Highest(pixel_fpr, len(paths))
+    images, pixels = _Highest(image_fpr, len(paths)), _Highest(pixel_fpr, len(paths), model.region_share)
     levels = levels or model.levels
     for path in paths:
         outputs = model(read_image(path, levels)[None])
@@ -73,7 +76,8 @@ def set_thresholds(path: Path, thresholds: Thresholds, output: Path | None = Non
         output (Path | None): File to write, of the same ending. Defaults to ``None``, which means ``path``.
 
     Raises:
-        ValueError: If ``output`` has another ending, or the model has no thresholds that could be replaced.
+        ValueError: If ``output`` has another ending, its folder has the weights of another model under the name of
+            this one's, or the model has no thresholds that could be replaced.
     """
     output = output or path
     if output.suffix != path.suffix:
@@ -90,17 +94,36 @@ def set_thresholds(path: Path, thresholds: Thresholds, output: Path | None = Non
         return
     content = path.read_bytes()
     Thresholds.from_metadata(onnx_file.read_metadata(content))
+    content = onnx_file.write_thresholds(content, thresholds)
     weights = path.with_name(f"{path.name}.data")
-    if weights.exists() and output.parent != path.parent:
-        shutil.copyfile(weights, output.with_name(weights.name))
-    onnx_file.save_whole(onnx_file.write_thresholds(content, thresholds), output)
+    if weights.exists():
+        _copy_weights(weights, output.with_name(weights.name))
+    onnx_file.save_whole(content, output)
+
+
+def _copy_weights(weights: Path, target: Path) -> None:
+    """Put the weights of an ONNX model, whose name is in its graph, beside a copy of it."""
+    if not target.exists():
+        temporary = target.with_name(f"{target.name}.part")
+        shutil.copyfile(weights, temporary)
+        temporary.replace(target)
+    elif not filecmp.cmp(weights, target, shallow=False):
+        msg = (
+            f"output must be in a folder without the weights of another model, but {target} differs from {weights}, "
+            "and the model looks for its weights by that name; choose an empty folder."
+        )
+        raise ValueError(msg)
 
 
 class _Highest:
-    """The highest scores, as many as may lie above a threshold; in numpy what ``HighestScores`` is in torch."""
+    """The highest scores, as many as may lie above a threshold; in numpy what ``HighestScores`` is in torch.
 
-    def __init__(self, rate: float, num_images: int) -> None:
+    A rate may be that of a share of the scores, of which the others are none of the highest.
+    """
+
+    def __init__(self, rate: float, num_images: int, share: float = 1.0) -> None:
         self.rate = rate
+        self.share = share
         self.num_images = num_images
         self.count = 0
         self._lowest = math.inf
@@ -130,4 +153,4 @@ class _Highest:
         return Scale.of_normal_scores(self._lowest, threshold, normalized=normalized)
 
     def _allowed(self, count: int) -> int:
-        return int(Decimal(str(self.rate)) * count)
+        return int(Decimal(str(self.rate)) * int(self.share * count))

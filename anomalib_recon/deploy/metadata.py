@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 RAW_SCORE, RAW_MAP = "raw_score", "raw_map"
+# share of the image that is inside the region of interest, for a model that has one
+REGION_SHARE = "region_share"
 # section of OpenVINO's rt_info, and first word of ONNX's keys; what model_api reads has its own
 SECTION, MODEL_API_SECTION = "anomalib_recon", "model_info"
 # where the numbers of the thresholds are in an ONNX graph

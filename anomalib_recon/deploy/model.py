@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from . import onnx_file
 from .grey_levels import GreyLevels
 from .images import resize
-from .metadata import RAW_MAP, RAW_SCORE, Thresholds
+from .metadata import RAW_MAP, RAW_SCORE, REGION_SHARE, Thresholds
 
 Outputs = dict[str, NDArray[Any]]
 # some CPUs would otherwise compute in bfloat16, which moves the scores
@@ -77,6 +77,11 @@ class ExportedModel:
         """
         return Thresholds.from_metadata(self._graph.metadata)
 
+    @property
+    def region_share(self) -> float:
+        """Share of the image that is inside the region of interest; 1 for a model without one."""
+        return float(self._graph.metadata.get(REGION_SHARE, 1))
+
     @cached_property
     def levels(self) -> GreyLevels | None:
         """Levels of the images that the model was trained on, if they had more than 8 bits of grey."""
@@ -91,17 +96,24 @@ class ExportedModel:
         Returns:
             Outputs: ``pred_score``, ``pred_label``, ``anomaly_map``, ``pred_mask`` as in anomalib, ``raw_score`` and
                 ``raw_map``, each with B rows, as far as the model has them.
+
+        Raises:
+            ValueError: If the images are whole numbers.
         """
+        if not np.issubdtype(images.dtype, np.floating):
+            msg = f"images must be floating-point numbers in [0, 1], got {images.dtype}; divide 8-bit values by 255."
+            raise ValueError(msg)
+        images = images.astype(np.float32, copy=False)
         if self.image_size:
             images = resize(images, self.image_size)
-        if not self.batch_size:
+        size = self.batch_size
+        if not size:
             return self._graph.run(images)
-        starts = range(0, len(images), self.batch_size)
-        parts = [self._run_padded(images[start : start + self.batch_size]) for start in starts]
+        parts = [self._run_padded(images[start : start + size], size) for start in range(0, len(images), size)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def _run_padded(self, images: NDArray[np.float32]) -> Outputs:
-        count, batch_size = len(images), self.batch_size or len(images)
+    def _run_padded(self, images: NDArray[np.float32], batch_size: int) -> Outputs:
+        count = len(images)
         padded = np.concatenate([images, np.repeat(images[-1:], batch_size - count, axis=0)])
         return {name: value[:count] for name, value in self._graph.run(padded).items()}
 

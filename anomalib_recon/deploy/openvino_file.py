@@ -99,8 +99,12 @@ def write_thresholds(model: openvino.Model, thresholds: Thresholds) -> None:
         new_scores = _normalize(computed, scale) if thresholds.normalized else computed
         # of raw scores: a device that computes in half precision would move the others across the limit
         limit = np.float32(scale.raw_limit(normalized=thresholds.normalized))
-        replaced = {scores: new_scores, above: ops.greater(computed, limit).output(0)}
-        for name, value in replaced.items():
+        is_above = ops.greater(computed, limit).output(0)
+        if (inside := _region(results[above].input_value(0))) is not None:
+            is_above = ops.logical_and(is_above, inside).output(0)
+            if thresholds.normalized:
+                new_scores = ops.select(inside, new_scores, np.float32(0)).output(0)
+        for name, value in {scores: new_scores, above: is_above}.items():
             if results[name].input_value(0) != value:
                 results[name].input_value(0).set_names(set())
                 results[name].input(0).replace_source_output(value)
@@ -120,6 +124,25 @@ def save_whole(model: openvino.Model, path: Path) -> None:
         openvino.save_model(model, Path(folder) / path.name, compress_to_fp16=False)
         for suffix in (".bin", ".xml"):
             (Path(folder) / path.name).with_suffix(suffix).replace(path.with_suffix(suffix))
+
+
+def _region(mask: openvino.Output) -> openvino.Output | None:
+    """What is inside the region of interest, to which the masks of a model are restricted, if they are."""
+    if mask.get_node().get_type_name() != "LogicalAnd":
+        return None
+    return next(value for value in mask.get_node().input_values() if not _is_from_images(value))
+
+
+def _is_from_images(value: openvino.Output) -> bool:
+    """Whether a value depends on the images, and not on their size alone."""
+    waiting = [value.get_node()]
+    while waiting:
+        node = waiting.pop()
+        if node.get_type_name() == "Parameter":
+            return True
+        if node.get_type_name() != "ShapeOf":
+            waiting += [source.get_node() for source in node.input_values()]
+    return False
 
 
 def _normalize(raw: openvino.Output, scale: Scale) -> openvino.Output:

@@ -2,6 +2,7 @@
 
 """Export to ONNX in the operator set in which the graph is made, and to int8 without losing the scores."""
 
+import copy
 import functools
 import logging
 import math
@@ -73,7 +74,7 @@ class CurrentOpsetExport(RawScoreExport):
         """
         arguments = {"opset_version": OPSET_VERSION, **kwargs}
         # of a loop with weights, the exporter would ask for the graph of its gradient
-        with torch.no_grad(), _probed_without_computing(self):
+        with torch.no_grad(), _probed_without_computing(self), _tiler_kept(cast("Any", self).model):
             return super().to_onnx(export_root, model_file_name, input_size, **arguments)
 
     def _compress_ov_model(
@@ -131,6 +132,20 @@ def _probed_without_computing(model: Any) -> Iterator[None]:
         yield
     finally:
         del model.forward
+
+
+@contextmanager
+def _tiler_kept(network: Any) -> Iterator[None]:
+    """Let a copy of the tiler cut the images: it notes sizes, which are symbols here, and cannot be pickled then."""
+    tiler = getattr(network, "tiler", None)
+    if tiler is None:
+        yield
+        return
+    network.tiler = copy.copy(tiler)
+    try:
+        yield
+    finally:
+        network.tiler = tiler
 
 
 def comparison_operations(model: "openvino.Model", num_layers: int) -> list[str]:

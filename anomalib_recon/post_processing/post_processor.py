@@ -102,6 +102,7 @@ class FalsePositiveRatePostProcessor(RegionPostProcessor):
         self.pixel_fpr = pixel_fpr
         self.image_fpr = image_fpr
         self.split = split
+        self._constructed = super().checkpoint_config()
 
     def checkpoint_config(self) -> dict[str, Any]:
         """Configuration for a checkpoint, with the rates for the record."""
@@ -127,6 +128,11 @@ class FalsePositiveRatePostProcessor(RegionPostProcessor):
             )
             raise ValueError(msg)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the values of the constructor, in place of those of a checkpoint that is resumed."""
+        del trainer, pl_module
+        self.load_checkpoint_config({**self.checkpoint_config(), **self._constructed})
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for normal images before the training, not after it.
 
@@ -146,9 +152,10 @@ class FalsePositiveRatePostProcessor(RegionPostProcessor):
         """Leave the thresholds alone, which the parent would set."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the trainer as it was."""
+        """Leave the trainer as it was, if it has been changed: an error may come before :meth:`setup`."""
         del pl_module, exception
-        trainer.limit_val_batches = self._limit_val_batches
+        if hasattr(self, "_limit_val_batches"):
+            trainer.limit_val_batches = self._limit_val_batches
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the thresholds of the model and of the run's checkpoints.

@@ -80,8 +80,14 @@ class ProductPostProcessor(FalsePositiveRatePostProcessor):
         Raises:
             ValueError: If it is for other products.
         """
-        if config.get("products") != self.products:
-            msg = f"products must be those of the checkpoint, {config.get('products')}, got {self.products}; pass them."
+        if "products" not in config:
+            msg = (
+                "ProductPostProcessor needs a checkpoint with thresholds of each product, and this one has thresholds "
+                "for all together; leave post_processor out, or train with it."
+            )
+            raise ValueError(msg)
+        if config["products"] != self.products:
+            msg = f"products must be those of the checkpoint, {config['products']}, got {self.products}; pass them."
             raise ValueError(msg)
         super().load_checkpoint_config(config)
 

@@ -22,7 +22,7 @@ from anomalib.post_processing import PostProcessor
 from torch import Tensor, nn
 
 from anomalib_recon.deploy import GreyLevels, onnx_file, openvino_file
-from anomalib_recon.deploy.metadata import RAW_MAP, RAW_SCORE, Scale, Thresholds
+from anomalib_recon.deploy.metadata import RAW_MAP, RAW_SCORE, REGION_SHARE, Scale, Thresholds
 
 from .region_post_processor import RegionPostProcessor
 
@@ -68,7 +68,7 @@ class RawScoreExport:
         """
         with _exported_post_processor(self):
             path = super().to_onnx(export_root, model_file_name, input_size, **kwargs)  # type: ignore[misc]
-        _complete_onnx(path, find_thresholds(self.post_processor), self.grey_levels)
+        _complete_onnx(path, _metadata(self), find_thresholds(self.post_processor))
         return path
 
     def to_openvino(
@@ -95,12 +95,20 @@ class RawScoreExport:
             path = super().to_openvino(export_root, model_file_name, input_size, *args, **kwargs)  # type: ignore[misc]
         model = openvino_file.read_model(path)
         openvino_file.hide_raw_outputs(model)
-        if thresholds := find_thresholds(self.post_processor):
-            openvino_file.write_metadata(model, thresholds.to_metadata())
-        if self.grey_levels:
-            openvino_file.write_metadata(model, self.grey_levels.to_metadata())
+        if metadata := _metadata(self):
+            openvino_file.write_metadata(model, metadata)
         openvino_file.save_whole(model, path)
         return path
+
+
+def _metadata(module: RawScoreExport) -> dict[str, str]:
+    """What an export says: thresholds, the share of the image that is inside a region, levels of deep grey images."""
+    metadata = module.grey_levels.to_metadata() if module.grey_levels else {}
+    if thresholds := find_thresholds(module.post_processor):
+        metadata |= thresholds.to_metadata()
+        if region := getattr(module.post_processor, "region", None):
+            metadata[REGION_SHARE] = repr(region.fraction)
+    return metadata
 
 
 def find_thresholds(post_processor: nn.Module | None) -> Thresholds | None:
@@ -177,6 +185,7 @@ class _Thresholding(nn.Module):
     def __init__(self, thresholds: Thresholds) -> None:
         super().__init__()
         self.normalized = thresholds.normalized
+        self.has_pixel_threshold = thresholds.pixel is not None
         for index, name in enumerate(thresholds.constants()):
             self.register_buffer(name, torch.tensor(PLACEHOLDER + index))
 
@@ -184,7 +193,9 @@ class _Thresholding(nn.Module):
         score, label = self._threshold("image", cast("Tensor", predictions.pred_score))
         anomaly_map, mask = None, None
         if predictions.anomaly_map is not None:
-            anomaly_map, mask = self._threshold("pixel", predictions.anomaly_map)
+            anomaly_map = predictions.anomaly_map
+            if self.has_pixel_threshold:
+                anomaly_map, mask = self._threshold("pixel", anomaly_map)
         return InferenceBatch(pred_score=score, pred_label=label, anomaly_map=anomaly_map, pred_mask=mask)
 
     def _threshold(self, kind: str, raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,8 +237,8 @@ def _raw_outputs_in_onnx(module: Any) -> Iterator[None]:
             module.to_onnx = kept
 
 
-def _complete_onnx(path: Path, thresholds: Thresholds | None, levels: GreyLevels | None) -> None:
-    """Keep raw score and map as tensors inside the graph, and fill in the thresholds; note the levels."""
+def _complete_onnx(path: Path, metadata: dict[str, str], thresholds: Thresholds | None) -> None:
+    """Keep raw score and map as tensors inside the graph, and fill in the thresholds and the metadata."""
     import onnx  # noqa: PLC0415  # comes with anomalib's extra for exports
 
     model = onnx.load(path, load_external_data=False)
@@ -239,6 +250,6 @@ def _complete_onnx(path: Path, thresholds: Thresholds | None, levels: GreyLevels
     content = model.SerializeToString()
     if thresholds:
         content = onnx_file.write_thresholds(content, thresholds)
-    if levels:
-        content = onnx_file.write_metadata(content, levels.to_metadata())
+    if metadata:
+        content = onnx_file.write_metadata(content, metadata)
     onnx_file.save_whole(content, path)

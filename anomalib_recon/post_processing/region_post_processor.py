@@ -58,9 +58,9 @@ class RegionPostProcessor(PostProcessor):
             Defaults to ``True``.
         enable_threshold_matching (bool): Use the threshold of images for pixels where those have none, and vice versa.
             Defaults to ``True``.
-        image_sensitivity (float): Sensitivity of image labels, in [0, 1].
+        image_sensitivity (float): Sensitivity of image labels, in [0, 1]. Not used without normalisation.
             Defaults to ``0.5``.
-        pixel_sensitivity (float): Sensitivity of masks, in [0, 1].
+        pixel_sensitivity (float): Sensitivity of masks, in [0, 1]. Not used without normalisation.
             Defaults to ``0.5``.
 
     Raises:
@@ -94,6 +94,26 @@ class RegionPostProcessor(PostProcessor):
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
         return (*super()._checkpoint_config_keys, "top_fraction")
 
+    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
+        """Restore the configuration; a region that was passed keeps its ``top_fraction``.
+
+        Args:
+            config (dict[str, Any]): What ``checkpoint_config`` returned.
+
+        Raises:
+            ValueError: If it is that of a :class:`ProductPostProcessor`.
+        """
+        if "products" in config and not hasattr(self, "products"):
+            msg = (
+                f"post_processor must be ProductPostProcessor({config['products']}), as the checkpoint has thresholds "
+                f"of each product, got {type(self).__name__}; pass it."
+            )
+            raise ValueError(msg)
+        top_fraction = self.top_fraction
+        super().load_checkpoint_config(config)
+        if self.region is not None:
+            self.top_fraction = top_fraction
+
     @property
     def normalized_image_threshold(self) -> Tensor:
         """Image threshold on the scale of the scores that are given out."""
@@ -123,12 +143,16 @@ class RegionPostProcessor(PostProcessor):
             batch (Any): Scored batch of anomalib, or its predictions.
 
         Raises:
-            ValueError: If there is no map.
+            ValueError: If there is no map, or none of its pixels is inside.
         """
         if self.region is None:
             return
         if batch.anomaly_map is None:
             msg = "region needs a model with an anomaly map, and this one gives only scores; crop the images instead."
+            raise ValueError(msg)
+        size = tuple(batch.anomaly_map.shape[-2:])
+        if not torch.compiler.is_exporting() and not self.region.at(size).any():
+            msg = f"region must hold a pixel of the anomaly map, which has the size {size}; make it wider."
             raise ValueError(msg)
         batch.anomaly_map = self.region(batch.anomaly_map)
         batch.pred_score = self.region.score(batch.anomaly_map, self.top_fraction)

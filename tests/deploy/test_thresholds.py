@@ -22,8 +22,9 @@ from anomalib_recon.deploy import (
     set_thresholds,
 )
 from anomalib_recon.deploy import thresholds as command
+from anomalib_recon.post_processing import FalsePositiveRatePostProcessor, RegionPostProcessor
 from tests.deploy.conftest import IMAGE_FPR, PIXEL_FPR, Exported, build_padim
-from tests.tiny_models import demo_data, demo_images, engine_in
+from tests.tiny_models import build, demo_data, demo_images, engine_in
 
 OUTPUTS = list(InferenceBatch._fields)
 
@@ -141,6 +142,62 @@ def test_thresholds_are_changed_in_place_and_again(path: Path, good: Path, tmp_p
         np.testing.assert_allclose(outputs[name].astype(float), expected[name].astype(float), atol=1e-6)
 
 
+@pytest.mark.parametrize("suffix", [".xml", ".onnx"])
+def test_a_region_stays_with_other_thresholds(suffix: str, demo: Path, good: Path, tmp_path: Path) -> None:
+    polygon = [(0, 0), (0.5, 0), (0.5, 1), (0, 1)]
+    rates = FalsePositiveRatePostProcessor(PIXEL_FPR, IMAGE_FPR, region=polygon, top_fraction=0.01)
+    model = build("SAAE", post_processor=rates)
+    engine_in(tmp_path).fit(model, datamodule=demo_data(demo))
+    path = model.to_openvino(tmp_path) if suffix == ".xml" else model.to_onnx(tmp_path)
+    exported, files = ExportedModel(path), find_images(good)
+    assert exported.region_share == 0.5
+    # rates are those of the pixels inside, as in the fit
+    found = find_thresholds(exported, files, IMAGE_FPR, PIXEL_FPR)
+    assert found.pixel is not None
+    assert found.pixel.threshold == pytest.approx(rates.pixel_threshold.item(), rel=1e-3)
+    assert found.image.threshold == pytest.approx(rates.image_threshold.item(), rel=1e-3)
+    for _ in range(2):  # the second time, what the first has written
+        set_thresholds(path, find_thresholds(exported, files, 0.3, 0.2))
+        outputs = ExportedModel(path)(demo_images(demo, (64, 64)))
+        assert not outputs["anomaly_map"][..., 32:].any()
+        assert not outputs["pred_mask"][..., 32:].any()
+        assert outputs["pred_mask"][..., :32].any()
+    set_thresholds(path, exported.thresholds)
+    images = demo_images(demo, (64, 64))
+    before, after = exported(images), ExportedModel(path)(images)
+    for name in OUTPUTS:
+        np.testing.assert_allclose(after[name].astype(float), before[name].astype(float), atol=1e-6)
+
+
+def test_weights_of_another_model_are_not_overwritten(exported_model: Exported, good: Path, tmp_path: Path) -> None:
+    path = copy_of(exported_model.files[".onnx"], tmp_path)
+    weights = path.with_name("model.onnx.data")
+    weights.write_bytes(b"weights")
+    thresholds = ExportedModel(exported_model.files[".onnx"]).thresholds
+    first, other = tmp_path / "deployed" / "bolt.onnx", tmp_path / "deployed" / "nut.onnx"
+    set_thresholds(path, thresholds, first)
+    set_thresholds(path, thresholds, other)  # of the same weights
+    assert first.with_name(weights.name).read_bytes() == b"weights"
+    weights.write_bytes(b"others!")
+    with pytest.raises(ValueError, match="output must be in a folder without the weights of another model"):
+        set_thresholds(path, thresholds, other)
+    assert first.with_name(weights.name).read_bytes() == b"weights"
+    # the same folder by another name
+    set_thresholds(path, thresholds, path.parent / ".." / path.parent.name / "new.onnx")
+    assert weights.read_bytes() == b"others!"
+
+
+def test_a_model_with_a_threshold_for_images_alone(demo: Path, tmp_path: Path) -> None:
+    model = build_padim()
+    engine_in(tmp_path).fit(model, datamodule=demo_data(demo))
+    model.post_processor = RegionPostProcessor(enable_normalization=False, enable_threshold_matching=False)
+    model.post_processor._image_threshold.fill_(3.0)
+    path = model.to_openvino(tmp_path)
+    outputs = ExportedModel(path)(demo_images(demo, (64, 64)))
+    np.testing.assert_array_equal(outputs["pred_label"].ravel(), outputs["pred_score"].ravel() > 3)
+    np.testing.assert_array_equal(outputs["raw_map"], outputs["anomaly_map"])
+
+
 def test_a_model_without_normalisation_and_thresholds(demo: Path, good: Path, tmp_path: Path) -> None:
     model = build_padim()
     model.post_processor.enable_normalization = model.post_processor.enable_thresholding = False
@@ -168,5 +225,7 @@ def test_what_cannot_work_is_refused(path: Path, good: Path, tmp_path: Path) -> 
         find_images(tmp_path)
     with pytest.raises(ValueError, match=f"output must end in {path.suffix}"):
         set_thresholds(path, model.thresholds, tmp_path / "model.bin")
+    with pytest.raises(ValueError, match=r"images must be floating-point numbers in .*, got uint8; divide"):
+        model(np.full((1, 3, 64, 64), 200, np.uint8))
     with pytest.raises(ValueError, match=r"path must end in \.xml or \.onnx"):
         ExportedModel(tmp_path / "model.pt")

@@ -97,3 +97,23 @@ def test_the_comparison_takes_the_recommended_arguments() -> None:
         assert models[name]["model"]["init_args"] == recommended["model"]["init_args"], name
         trainer = {"precision": "bf16-mixed", **recommended["trainer"]}
         assert models[name]["trainer"] == trainer, name
+
+
+def test_adtr_plus_continues_the_adtr_of_its_config() -> None:
+    """What the two configs say of the network, as it is resolved, is the same."""
+    networks = []
+    for name in ("model/adtr.yaml", "model/adtr_plus.yaml"):
+        cli = AnomalibCLI(
+            ["train", "--config", str(config_path(name)), "--data.category", "screw", "--model.pre_trained", "false"]
+            + (["--model.normal_checkpoint", "model.ckpt"] if "plus" in name else []),
+            run=False,
+        )
+        networks.append(cli.model)
+    adtr, adtr_plus = networks
+    checkpoint = {"hyper_parameters": dict(adtr.hparams), "state_dict": adtr.state_dict()}
+    adtr_plus.refuse_other_networks(checkpoint)
+    # a value that is left out is the default of the one that says it
+    unsaid = ADTR(pre_trained=False)
+    unsaid.refuse_other_networks(checkpoint)
+    with pytest.raises(ValueError, match=r"needs a model with embed_dim=256 \(not 64\)"):
+        ADTR(pre_trained=False, embed_dim=64).refuse_other_networks(checkpoint)

@@ -10,6 +10,7 @@ Example:
     [torch.Size([1, 64, 16, 16]), torch.Size([1, 128, 8, 8])]
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,7 @@ import timm
 import torch
 from huggingface_hub import get_session, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT, SAFETENSORS_SINGLE_FILE
+from timm.layers import Format
 from timm.models import GraphExtractNet, load_state_dict
 from torch import Tensor, nn
 from torch.nn import functional
@@ -55,6 +57,9 @@ class FrozenBackbone(nn.Module):
         super().__init__()
         stages = list(stage_strides(name))
         layers = list(stages if layers is None else layers)
+        if len(set(layers)) < len(layers):
+            msg = f"layers must name each layer once, got {', '.join(layers)}."
+            raise ValueError(msg)
         if layers and set(layers) <= set(stages):
             indices = sorted(stages.index(layer) for layer in layers)
             self.extractor = create_backbone(name, pre_trained, weights, features_only=True, out_indices=indices)
@@ -125,12 +130,24 @@ def stage_strides(name: str) -> dict[str, int]:
         dict[str, int]: Pixels of the image per cell of the feature map, along each axis, for each stage.
 
     Raises:
-        ValueError: If there is no such model.
+        ValueError: If there is no such model, or it has no such stages.
     """
     _check_name(name)
+    return dict(_find_strides(name))
+
+
+@functools.cache
+def _find_strides(name: str) -> dict[str, int]:
     with torch.device("meta"):
         model: Any = timm.create_model(name, pretrained=False, features_only=True)
-    return {stage["module"]: stage["reduction"] for stage in model.feature_info.info}
+    strides = {stage["module"]: stage["reduction"] for stage in model.feature_info.info}
+    if len(set(strides.values())) == 1 or getattr(model, "output_fmt", Format.NCHW) != Format.NCHW:
+        msg = (
+            f"backbone must be a CNN, whose stages are feature maps (B, C, H, W) of several strides, got {name!r}; "
+            "plain vision transformers are for SAAE and FeatureInpainting."
+        )
+        raise ValueError(msg)
+    return strides
 
 
 def _check_modules(name: str, layers: Sequence[str], stages: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ Example:
     torch.Size([1, 960, 4, 4])
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,9 +77,8 @@ class VisionTransformerFeatures(nn.Module):
         self.has_embedding = PATCH_EMBEDDING in layers
         self.indices = [index for index, block in enumerate(blocks) if block in layers]
 
-        self.vit = create_backbone(
-            name, pre_trained, weights, num_classes=0, pos_drop_rate=dropout, proj_drop_rate=dropout
-        )
+        rates = {"pos_drop_rate": dropout, "proj_drop_rate": dropout} if dropout else {}  # not all know them
+        self.vit = create_backbone(name, pre_trained, weights, num_classes=0, **rates)
         self.vit.prune_intermediate_layers(self.indices, prune_norm=True)
         self.vit.set_input_size(image_size)
         self.vit.requires_grad_(requires_grad=False)
@@ -253,8 +253,11 @@ def vision_transformer_blocks(name: str) -> tuple[list[str], int]:
     Returns:
         tuple[list[str], int]: Names of the blocks, none if it is not a vision transformer, and the patch size.
     """
-    if not isinstance(name, str) or not timm.is_model(name):
-        return [], 0
+    return _find_blocks(name) if isinstance(name, str) and timm.is_model(name) else ([], 0)
+
+
+@functools.cache
+def _find_blocks(name: str) -> tuple[list[str], int]:
     with torch.device("meta"):
         model = timm.create_model(name, pretrained=False, num_classes=0)
     info = getattr(model, "feature_info", None)

@@ -11,13 +11,19 @@ Example:
     torch.Size([2, 1, 4, 6])
 """
 
+import logging
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+logger = logging.getLogger(__name__)
+
 # cells that share a covariance: a square with this side
 BLOCK_SIZE = 2
+BLOCKS_PER_PART = 16
+# memory of the covariances, in GiB, of which the log says what to do
+MUCH_MEMORY = 2.0
 # examples that the covariance of all places counts for in that of a block
 PRIOR_EXAMPLES = 500
 # share of the mean variance of the residual that is added to all variances
@@ -30,7 +36,8 @@ class ResidualDistance(nn.Module):
     """Mahalanobis distance of a residual, by mean and covariance of the normal residuals at that place.
 
     Each cell has a mean of its own. A block of 2 x 2 cells shares a covariance, if 2 divides the grid. It is mixed with
-    the covariance of all blocks, the more, the fewer training images there are.
+    the covariance of all blocks, the more, the fewer training images there are. It takes 4 bytes for each block and
+    pair of channels, in checkpoints and exports, too, and twice as much while it is fitted.
 
     Args:
         num_channels (int): Channels C of the features.
@@ -44,6 +51,13 @@ class ResidualDistance(nn.Module):
         super().__init__()
         self.block_size = 1 if any(side % BLOCK_SIZE for side in grid_size) else BLOCK_SIZE
         self.blocks = (grid_size[0] // self.block_size, grid_size[1] // self.block_size)
+        memory = 4 * self.blocks[0] * self.blocks[1] * num_channels**2 / 2**30
+        if memory > MUCH_MEMORY:
+            logger.warning(
+                "The Mahalanobis distance of %d channels on a grid of %d x %d cells takes %.1f GiB, in checkpoints and "
+                "exports, too; choose fewer layers, a smaller backbone or larger cells.",
+                num_channels, *grid_size, memory,
+            )  # fmt: skip
         self.register_buffer("mean", torch.zeros(num_channels, *grid_size))
         # for each block the map W of a residual r to unit covariance, (blocks, C, C)
         self.register_buffer("whitening", torch.eye(num_channels).repeat(self.blocks[0] * self.blocks[1], 1, 1))
@@ -67,13 +81,18 @@ class ResidualDistance(nn.Module):
         self.mean = total / num_images + (0 if offset is None else offset)
         means = self._to_blocks(total[None] / num_images)
         cells = means.shape[1]  # of a block
-        of_blocks = products / (num_images * cells) - means.mT @ means / cells
+        # in place and in parts, as there may be gigabytes
+        products.div_(num_images * cells).baddbmm_(means.mT, means, alpha=-1 / cells)
+        common = products.mean(dim=0)
         weight = PRIOR_EXAMPLES / (PRIOR_EXAMPLES + num_images * cells)
-        covariance = (1 - weight) * of_blocks + weight * of_blocks.mean(dim=0)
-        variance = covariance.diagonal(dim1=1, dim2=2)
-        variance += SHRINKAGE * variance.mean(dim=1, keepdim=True).clamp(min=MIN_VARIANCE)
-        identity = torch.eye(covariance.shape[-1], device=covariance.device).expand_as(covariance)
-        self.whitening = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), identity, upper=False)
+        identity = torch.eye(len(common), device=common.device)
+        for part in products.split(BLOCKS_PER_PART):
+            covariance = (1 - weight) * part + weight * common
+            variance = covariance.diagonal(dim1=1, dim2=2)
+            variance += SHRINKAGE * variance.mean(dim=1, keepdim=True).clamp(min=MIN_VARIANCE)
+            factor = torch.linalg.cholesky(covariance)
+            part.copy_(torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False))
+        self.whitening = products
 
     def forward(self, features: Tensor, reconstruction: Tensor) -> Tensor:
         """Compute the distance, over the root of the number of channels.

@@ -92,6 +92,8 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
             loaded into.
         added_arguments (dict[str, Any]): Arguments that the network did not have at first, with the value by which it
             is what it was: a checkpoint without them has these.
+        defaulted_arguments (tuple[str, ...]): Arguments of which ``None`` stands for a value that another model may
+            say: a checkpoint and a model differ in them if both say one. Weights of other shapes are refused anyway.
         feature_cache (FeatureCache | None): Keeps what ``training_inputs`` makes of images that stay the same.
         needs_datamodule (bool): Whether ``start`` or ``finish`` need the normal training images, of whatever arguments
             the model has.
@@ -103,6 +105,7 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
     default_image_size: ClassVar[tuple[int, int]] = (256, 256)
     free_arguments: ClassVar[tuple[str, ...]] = ()
     added_arguments: ClassVar[dict[str, Any]] = {}
+    defaulted_arguments: ClassVar[tuple[str, ...]] = ()
     feature_cache: FeatureCache | None = None
     needs_datamodule: bool = False
     model: Any
@@ -455,7 +458,7 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
         if different:
             msg = (
                 f"The checkpoint and {type(self).__name__} differ in {len(different)} tensors, {different[0]} for one: "
-                "it is of another version of anomalib-recon; train anew."
+                "it is of a network with other arguments, or of another version of anomalib-recon; train anew."
             )
             raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
@@ -473,9 +476,10 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
         Raises:
             ValueError: If it is.
         """
-        free = {"pre_trained", "backbone_weights", *self.free_arguments}
-        names = [name for name in _arguments_of(self.network) if name not in free]
         arguments = {**self.added_arguments, **checkpoint.get("hyper_parameters", {})}
+        defaulted = {name for name in self.defaulted_arguments if None in (arguments.get(name), self.hparams[name])}
+        free = {"pre_trained", "backbone_weights", *self.free_arguments, *defaulted}
+        names = [name for name in _arguments_of(self.network) if name not in free]
         refuse_other_networks({"hyper_parameters": arguments}, type(self).__name__, self.hparams, names)
 
 

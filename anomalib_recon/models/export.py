@@ -38,15 +38,16 @@ class CurrentOpsetExport(RawScoreExport):
 
     The attempt ends in a printed traceback, and the graph stays as it is.
 
-    Quantisation after training (``int8_ptq``) leaves the comparison of an image with its reconstruction, or with normal
-    features, in floating point. anomalib would quantise it, too, to the range that it has for the images it calibrates
-    with: with good images alone, it cuts off what is anomalous. A backbone stays in floating point, too: its channels
-    differ in range, and would share one.
-    The layer behind the backbone stays so, too, if features are brought to one scale there: converters join the scale
-    with its weights, which then differ as much as the features did, and share the 8 bits of a row.
+    Quantisation after training (``int8_ptq``) leaves the comparison of an image with its reconstruction in floating
+    point. anomalib would quantise it, too, to the range that it has for the images it calibrates with: with good images
+    alone, it cuts off what is anomalous. Of a model with a backbone, it stores the weights in 8 bits, as ``int8`` does:
+    channels of a backbone differ in range and would share one, and what follows a backbone takes little of the time.
+    If features are brought to one scale, backbone and the layer behind it keep their weights in floating point: the
+    scale enlarges errors of the features, and converters join it with the weights behind, which then differ as much as
+    the features did, and share the 8 bits of a row.
     """
 
-    # whether the layer behind the backbone brings features to one scale
+    # whether features are brought to one scale behind the backbone
     scales_features = False
 
     @property
@@ -85,27 +86,26 @@ class CurrentOpsetExport(RawScoreExport):
         if compression_type == CompressionType.INT8 and self.scales_features:
             import nncf  # noqa: PLC0415  # slow, and only needed here
 
-            return nncf.compress_weights(model, ignored_scope=nncf.IgnoredScope(names=layers_behind_backbone(model)))
+            kept = [*backbone_operations(model), *layers_behind_backbone(model)]
+            return nncf.compress_weights(model, ignored_scope=nncf.IgnoredScope(names=kept, validate=False))
         return super()._compress_ov_model(model, compression_type, *args, **kwargs)  # type: ignore[misc]
 
     def _post_training_quantization_ov(
         self, model: "openvino.Model", datamodule: AnomalibDataModule | None = None
     ) -> "openvino.Model":
-        """Quantise all but backbone and comparison, where anomalib's method of this name quantises all."""
+        """Quantise all but the comparison, where anomalib's method of this name quantises all."""
         import nncf  # noqa: PLC0415  # slow, and only needed here
 
+        if backbone_operations(model):
+            logger.warning("int8_ptq stores the weights of a model with a backbone in 8 bits, as int8 does.")
+            return self._compress_ov_model(model, CompressionType.INT8)
         if datamodule is None:
             msg = "compression_type=int8_ptq needs images to calibrate with: pass datamodule, or --data in a command."
             raise ValueError(msg)
         datamodule.setup("fit")
         images = nncf.Dataset(datamodule.val_dataloader(), lambda batch: batch.image)
-        floating = {*backbone_operations(model), *comparison_operations(model, self.comparison_layers)}
-        if self.scales_features:
-            floating |= set(layers_behind_backbone(model))
-        if all(node.get_friendly_name() in floating for node in model.get_ops() if _has_weights(node)):
-            logger.warning("int8_ptq leaves all layers in floating point; weights are compressed, as by int8.")
-            return self._compress_ov_model(model, CompressionType.INT8)
-        quantized = nncf.quantize(model, images, ignored_scope=nncf.IgnoredScope(names=sorted(floating)))
+        floating = comparison_operations(model, self.comparison_layers)
+        quantized = nncf.quantize(model, images, ignored_scope=nncf.IgnoredScope(names=floating))
         for loop in _loops(quantized):
             if loop.get_friendly_name() not in floating:
                 steps = list(_steps(quantized, loop, images.get_inference_data()))

@@ -10,7 +10,7 @@ from .held_out import HeldOutImages
 from .images import check_training_files, evaluation, map_images, normal_images, own_share, score_images
 from .products import check_products, find_products
 from .progress import ProgressLines
-from .schedule import one_cycle, one_cycle_factor, share_of_fit
+from .schedule import check_end, one_cycle, one_cycle_factor, share_of_fit
 
 __all__ = [
     "EndOfFit",
@@ -21,6 +21,7 @@ __all__ = [
     "ProgressLines",
     "RandomState",
     "ReadableImages",
+    "check_end",
     "check_products",
     "check_training_files",
     "evaluation",

@@ -4,6 +4,7 @@
 
 import copy
 import logging
+from pathlib import Path
 from typing import Any, cast
 
 from anomalib.data import AnomalibDataModule
@@ -99,11 +100,15 @@ class EndOfFit(Callback):
             return
         if not self._ended:
             self._end(trainer, pl_module)
-        for callback in trainer.checkpoint_callbacks:
-            path = getattr(callback, "best_model_path", "")
-            # of a watched training, what a metric has chosen was finished before its validation
-            is_complete = self._is_watched and getattr(callback, "monitor", None)
-            if path and path != trainer.ckpt_path and not is_complete:
+        # of a watched training, what a metric has chosen was finished before its validation
+        paths = {
+            path
+            for callback in trainer.checkpoint_callbacks
+            if isinstance(callback, ModelCheckpoint) and not (self._is_watched and callback.monitor)
+            for path in (callback.best_model_path, callback.last_model_path, *callback.best_k_models)
+        }
+        for path in sorted(paths - {"", trainer.ckpt_path}):
+            if Path(path).is_file():
                 self._complete(path, trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import CenterCrop, Resize
 from tqdm.auto import tqdm
 
+from anomalib_recon.layers import check_finite
 from anomalib_recon.pre_processing import ExactResizePreProcessor, flatten_transform
 
 from .images import map_images, normal_images, normal_indices
@@ -67,6 +68,7 @@ class FeatureCache(Callback):
 
     def __init__(self, feature_cache_gib: float, obstacle: str | None = None) -> None:
         super().__init__()
+        check_finite(feature_cache_gib=feature_cache_gib)
         if feature_cache_gib < 0:
             msg = f"feature_cache_gib must be positive, or 0 for no cache, got {feature_cache_gib}."
             raise ValueError(msg)

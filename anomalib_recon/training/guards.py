@@ -26,14 +26,14 @@ class FiniteLoss(Callback):
         self._total = torch.zeros(())
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse weights in half precision, in which small steps are lost, before anything is computed.
+        """Refuse weights in half precision, in which small steps and distances are lost, before anything is computed.
 
         Raises:
             ValueError: If the trainer has such a precision.
         """
-        del pl_module
-        if stage == "fit" and trainer.precision in {"bf16-true", "16-true"}:
-            msg = f"precision={trainer.precision!r} rounds the weights themselves; train with bf16-mixed or 32."
+        del pl_module, stage
+        if trainer.precision in {"bf16-true", "16-true"}:
+            msg = f"precision={trainer.precision!r} rounds the weights themselves; pass bf16-mixed or 32."
             raise ValueError(msg)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

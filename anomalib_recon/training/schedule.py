@@ -25,7 +25,11 @@ def one_cycle(optimizer: Optimizer, module: LightningModule) -> dict[str, Any]:
 
     Returns:
         dict[str, Any]: What ``configure_optimizers`` returns.
+
+    Raises:
+        ValueError: See :func:`check_end`.
     """
+    check_end(module.trainer)
 
     def factor(_: int) -> float:
         # the trainer's own estimate of all steps would load the images, before a cache can stand in for them
@@ -33,6 +37,22 @@ def one_cycle(optimizer: Optimizer, module: LightningModule) -> dict[str, Any]:
         return one_cycle_factor(share_of_fit(module.trainer, batches))
 
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+
+def check_end(trainer: Trainer) -> None:
+    """Refuse a cycle of a fit of which it is not known when it ends.
+
+    Args:
+        trainer (Trainer): The trainer.
+
+    Raises:
+        ValueError: If it has neither ``max_epochs`` nor ``max_steps`` nor ``max_time``.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    by_time = any(isinstance(callback, Timer) and callback.time_remaining() is not None for callback in callbacks)
+    if not by_time and max(trainer.max_epochs or -1, trainer.max_steps) < 0:
+        msg = "use_one_cycle needs a fit that ends: pass max_epochs, max_steps or max_time to the trainer."
+        raise ValueError(msg)
 
 
 def one_cycle_factor(share: float) -> float:

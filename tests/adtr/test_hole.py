@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from anomalib_recon.models.adtr.torch_model import ADTRModel
+from anomalib_recon.models.adtr.transformer import LoneAttention, MultiheadAttention
 
 
 def build(**arguments) -> ADTRModel:
@@ -45,7 +46,7 @@ def test_without_a_hole_a_token_sees_itself() -> None:
 
 def test_each_head_looks_to_another_side() -> None:
     model = build(hole_size=3, num_heads=4)
-    weights = model.cross_bias[0].softmax(dim=-1)[:, 4 * 12 + 5].reshape(4, 8, 12)
+    weights = model.hole_bias[0].softmax(dim=-1)[:, 4 * 12 + 5].reshape(4, 8, 12)
     assert (weights[:, 3:6, 4:7] == 0).all()
     places = [divmod(int(index), 12) for index in weights.flatten(1).argmax(dim=1)]
     assert places == [(4, 7), (6, 5), (4, 3), (2, 5)]  # right, below, left, above
@@ -70,3 +71,13 @@ def test_a_checkpoint_holds_no_bias() -> None:
 def test_wrong_holes_are_named(arguments: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         build(**arguments)
+
+
+def test_tokens_that_see_themselves_alone_need_no_attention() -> None:
+    torch.manual_seed(0)
+    alone, full = LoneAttention(16, 4), MultiheadAttention(16, 4)
+    full.load_state_dict(alone.state_dict())
+    query, key, value = torch.randn(3, 2, 12, 16)
+    bias = torch.full((1, 4, 12, 12), -torch.inf)
+    bias[:, :, range(12), range(12)] = 0
+    torch.testing.assert_close(alone(query, key, value), full(query, key, value, bias))

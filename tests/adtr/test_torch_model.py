@@ -146,7 +146,7 @@ def test_attention_has_the_gradients_of_pytorch() -> None:
 @pytest.mark.parametrize("attention", ["multihead", "concat"])
 def test_a_query_that_images_share_is_decoded_as_one_for_each(attention: str) -> None:
     torch.manual_seed(0)
-    layer = DecoderLayer(16, 4, 24, dropout=0.5, attention=attention).train()
+    layer = DecoderLayer(16, 4, 24, 0.5, attention, attention).train()
     (query, position), encoded = torch.rand(2, 1, 6, 16), torch.rand(3, 6, 16)
     results = []
     for same in (query, query.expand(3, -1, -1)):

@@ -45,6 +45,11 @@ def test_the_three_in_a_row_are_forward_and_what_a_test_scores_with(trained: Tra
         assert torch.equal(getattr(tested, field).flatten(), getattr(expected, field).flatten())
 
 
+def test_images_of_another_size_are_refused(trained: Trained, images: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"images must have shape \(B, 3, 64, 64\), got \(14, 3, 64, 32\)"):
+        trained.model.model(images[..., :32])
+
+
 def test_a_score_depends_on_its_image_alone(trained: Trained, images: Tensor) -> None:
     network = trained.model.model
     together, alone = network(images[:3]), network(images[1:2])

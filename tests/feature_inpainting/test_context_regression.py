@@ -69,8 +69,12 @@ def test_predictions_are_those_of_two_ridge_regressions(hole_size: int) -> None:
         solution = Ridge(ridge * len(inputs), fit_intercept=False, solver="cholesky").fit(inputs / deviation, targets)
         return solution.coef_.T / deviation[:, None]
 
-    inputs = contexts(features)[:, ::STEP, ::STEP].reshape(-1, 4 * (25 - hole_size**2))
-    targets = features[:, :, ::STEP, ::STEP].movedim(1, -1).flatten(0, 2).double().numpy()
+    def cells(values: np.ndarray) -> np.ndarray:
+        """Every other cell, other ones for each image, (b, h, w, n) -> (p, n)."""
+        parts = [image[n % STEP :: STEP, n // STEP % STEP :: STEP] for n, image in enumerate(values)]
+        return np.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
+
+    inputs, targets = cells(contexts(features)), cells(features.movedim(1, -1).double().numpy())
     weight = solve(inputs, targets, CONTEXT_RIDGE)
     # the second sees the principal directions of the first's predictions
     first = inputs @ weight
@@ -116,6 +120,17 @@ def test_a_fit_depends_on_neither_seed_nor_an_earlier_fit() -> None:
     again.fit([features])
     for name, value in once.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
+
+
+def test_the_size_of_batches_has_no_influence() -> None:
+    features, tested = draw_features(), draw_features(2, seed=1)
+    whole = fitted(features, num_units=16)(tested)
+    for size in (1, 6, 16):
+        regression = ContextRegression(
+            NUM_CHANNELS, context_dim=4, window_size=5, hole_size=1, rank=NUM_CHANNELS, num_units=16
+        )
+        regression.fit(features.split(size))
+        torch.testing.assert_close(regression(tested), whole, atol=1e-3, rtol=0)
 
 
 def test_a_lower_rank_keeps_the_directions_that_are_predicted_best() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from anomalib.data import MVTecAD
-from anomalib.deploy import ExportType
+from anomalib.deploy import CompressionType, ExportType
 from anomalib.engine import Engine
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from anomalib_recon.layers import ResidualDistance
 from anomalib_recon.models import FeatureInpainting
 from anomalib_recon.models.feature_inpainting import FeatureInpaintingModel
 from tests.exports import expected_from, export, images_of, run
-from tests.tiny_models import TINY
+from tests.tiny_models import TINY, engine_in
 
 SMALL = {"backbone": "resnet18", "layers": ["layer1", "layer2"], "pre_trained": False, "image_size": (64, 80)}
 
@@ -87,6 +87,20 @@ def test_without_a_prediction_training_and_export_work(stripes: Path, tmp_path: 
     result = run(export(loaded, tmp_path, ExportType.OPENVINO), images, 3)
     for name in ("pred_score", "anomaly_map"):
         np.testing.assert_allclose(result[name], expected[name], atol=1e-3)
+
+
+def test_8_bits_store_the_distance_and_not_the_backbone(stripes: Path, tmp_path: Path) -> None:
+    model = FeatureInpainting(**TINY["FeatureInpainting"])
+    datamodule = MVTecAD(root=stripes, category="stripes", train_batch_size=6, eval_batch_size=4, num_workers=0)
+    engine_in(tmp_path, max_epochs=1).fit(model, datamodule=datamodule)
+    images = images_of(stripes, (64, 64))
+    expected = expected_from(model.eval(), images)
+    fp32 = export(model, tmp_path / "fp32", ExportType.OPENVINO)
+    int8 = export(model, tmp_path / "int8", ExportType.OPENVINO, compression_type=CompressionType.INT8)
+    saved = fp32.with_suffix(".bin").stat().st_size - int8.with_suffix(".bin").stat().st_size
+    distance = model.model.anomaly_map_generator.distance.whitening
+    assert saved > 0.7 * 4 * distance.numel()
+    np.testing.assert_allclose(run(int8, images, 5)["pred_score"], expected["pred_score"], atol=0.01)
 
 
 @pytest.mark.parametrize(

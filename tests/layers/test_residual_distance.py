@@ -50,3 +50,11 @@ def test_equal_images_leave_finite_distances(residual: torch.Tensor) -> None:
     distance.fit(residual.expand(10, -1, -1, -1).split(3))
     torch.testing.assert_close(distance.mean, residual)
     assert bool(distance(torch.rand(2, 5, 4, 6), torch.zeros(2, 5, 4, 6)).isfinite().all())
+
+
+def test_much_memory_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with torch.device("meta"):
+        ResidualDistance(248, (32, 32))
+        assert not caplog.text
+        ResidualDistance(3840, (24, 24))
+    assert "3840 channels on a grid of 24 x 24 cells takes 7.9 GiB" in caplog.text

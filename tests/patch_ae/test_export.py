@@ -68,19 +68,21 @@ def test_openvino_scores_are_those_of_the_checkpoint(
     assert np.array_equal(result["pred_label"].ravel()[clear], expected["pred_label"].ravel()[clear])
 
 
-@pytest.mark.parametrize(
-    ("compression", "bound", "size"),  # int8_ptq has nothing to quantise, and compresses weights
-    [(CompressionType.FP16, 0.01, 0.6), (CompressionType.INT8, 0.05, 0.6), (CompressionType.INT8_PTQ, 0.05, 0.6)],
-)
-def test_compressed_models_score_nearly_as_the_checkpoint(
-    model: PatchAE, datamodule: MVTecAD, exported: Path, stripes: Path, tmp_path: Path, compression: CompressionType,
-    bound: float, size: float,
-) -> None:  # fmt: skip
-    path = export(model, tmp_path, ExportType.OPENVINO, compression_type=compression, datamodule=datamodule)
-    assert path.with_suffix(".bin").stat().st_size < size * exported.with_suffix(".bin").stat().st_size
+def test_fp16_scores_nearly_as_the_checkpoint(model: PatchAE, exported: Path, stripes: Path, tmp_path: Path) -> None:
+    path = export(model, tmp_path, ExportType.OPENVINO, compression_type=CompressionType.FP16)
+    assert path.with_suffix(".bin").stat().st_size < 0.6 * exported.with_suffix(".bin").stat().st_size
     images = images_of(stripes, OWN_SIZE)
-    difference = largest_difference(run(path, images, 4), expected_from(model, images))
-    assert 0 < difference < bound
+    assert 0 < largest_difference(run(path, images, 4), expected_from(model, images)) < 0.01
+
+
+@pytest.mark.parametrize("compression", [CompressionType.INT8, CompressionType.INT8_PTQ])
+def test_8_bits_leave_the_backbone_as_it_is(
+    model: PatchAE, datamodule: MVTecAD, stripes: Path, tmp_path: Path, compression: CompressionType
+) -> None:
+    """Rounded weights would move the features, and whitening would enlarge that."""
+    path = export(model, tmp_path, ExportType.OPENVINO, compression_type=compression, datamodule=datamodule)
+    images = images_of(stripes, OWN_SIZE)
+    assert largest_difference(run(path, images, 4), expected_from(model, images)) < 0.02
 
 
 def test_the_search_is_a_loop_over_one_copy_of_the_bank(model: PatchAE, exported: Path) -> None:

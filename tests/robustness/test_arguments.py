@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from anomalib_recon.models import ADTR, SAAE, InTra, PatchAE
+from anomalib_recon.models import ADTR, SAAE, FeatureInpainting, InTra, PatchAE
 from anomalib_recon.models.adtr.loss import NormalLoss
 from anomalib_recon.models.adtr.torch_model import ADTRModel
+from anomalib_recon.models.feature_inpainting.torch_model import FeatureInpaintingModel
 from anomalib_recon.models.intra.loss import InTraLoss
 from anomalib_recon.models.intra.torch_model import InTraModel
 from anomalib_recon.models.intra.windows import draw_windows
@@ -197,6 +198,32 @@ def test_patch_ae(arguments: dict[str, Any]) -> None:
     assert_scores(model, images)
 
 
+@examples
+@given(
+    st.fixed_dictionaries(
+        {
+            "backbone": choices("resnet18", "vit_tiny_patch16_224"),
+            "layers": mostly(None, ["layer2"], bad=([], ["layer9"], ["layer1", "layer1"])),
+            "image_size": sizes((64, 64), (32, 96)),
+            "feature_stride": mostly(None, 8, 16, bad=(0, -8, 7, 2.5, "8")),
+            "context_dim": counts(1, 8, 1000),
+            "window_size": mostly(3, 5, bad=(*NOT_A_COUNT, 4)),
+            "hole_size": mostly(1, 3, bad=(*NOT_A_COUNT, 2)),
+            "rank": mostly(0, 1, 8, 1000, bad=NOT_A_COUNT[1:]),
+            "num_units": mostly(0, 16, bad=NOT_A_COUNT[1:]),
+            "top_fraction": mostly(0.0, 0.01, 1.0, bad=(*NOT_A_NUMBER, -0.1, 1.1)),
+        }
+    )
+)
+def test_feature_inpainting(arguments: dict[str, Any]) -> None:
+    model = build(FeatureInpaintingModel, {**arguments, "pre_trained": False})
+    if model is None:
+        return
+    images = torch.rand(2, 3, *arguments["image_size"])
+    model.fit([model.backbone(images), model.backbone(images.flip(0))])
+    assert_scores(model, images)
+
+
 NOT_A_CHOICE = ("other", "", None, 1)
 NOT_A_SIZE = ((0, 64), (-64, 64), (1, 1))
 # one wrong argument at a time, which a combination may hide behind another
@@ -228,6 +255,15 @@ WRONG: dict[type[nn.Module], tuple[dict[str, Any], dict[str, tuple[Any, ...]]]] 
             "image_size": NOT_A_SIZE, "distance": NOT_A_CHOICE, "backbone": NOT_A_CHOICE,
             "feature_stride": (*NOT_A_COUNT[:-1], 7), "latent_dim": NOT_A_COUNT[:-1],
             **dict.fromkeys(("patch_size", "num_heads", "depth", "mlp_ratio"), NOT_A_COUNT),
+        },
+    ),
+    FeatureInpaintingModel: (
+        {"backbone": "resnet18", "pre_trained": False, "image_size": (64, 64), "window_size": 5},
+        {
+            "image_size": NOT_A_SIZE, "backbone": NOT_A_CHOICE, "feature_stride": (*NOT_A_COUNT[:-1], 7),
+            "layers": ([], ["layer9"], ["layer1", "layer1"]), "top_fraction": (*NOT_A_NUMBER, -0.1, 1.1),
+            "rank": NOT_A_COUNT[1:], "num_units": NOT_A_COUNT[1:],
+            "context_dim": NOT_A_COUNT, "window_size": (*NOT_A_COUNT, 4), "hole_size": (*NOT_A_COUNT, 2, 5),
         },
     ),
     PatchAEModel: (
@@ -262,6 +298,7 @@ def test_each_wrong_argument_is_named(model_class: type[nn.Module], argument: st
         (ADTR, "learning_rate"), (ADTR, "weight_decay"), (ADTR, "alpha"), (ADTR, "confetti"),
         (SAAE, "learning_rate"), (SAAE, "explained_variance"),
         (PatchAE, "learning_rate"), (PatchAE, "coreset_ratio"), (PatchAE, "alpha"), (PatchAE, "sigma"),
+        (ADTR, "feature_cache_gib"), (SAAE, "feature_cache_gib"), (FeatureInpainting, "feature_cache_gib"),
     ],
 )  # fmt: skip
 def test_numbers_of_the_lightning_models(model_class: type[nn.Module], argument: str, value: Any) -> None:
@@ -288,9 +325,26 @@ def test_counts_of_the_lightning_models(model_class: type[nn.Module], argument: 
         ("defect_probability", math.nan), ("defect_kinds", ["hole"]), ("defect_kinds", []),
         ("defect_size_range", (math.nan, 0.1)), ("defect_size_range", (0.1, 2.0)), ("defect_aspect_range", (0.0, 1.0)),
         ("defect_angle_range", (math.nan, 90.0)), ("defect_angle_range", (0.0, math.inf)),
-        ("defect_position_range", (0.0, math.nan)),
+        ("defect_position_range", (0.0, math.nan)), ("defect_position_range", (0.0, 0.5, 1.0)),
+        ("defect_size_range", (0.1,)),
     ],
 )  # fmt: skip
 def test_defects_of_patch_ae(argument: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{argument}"):
         PatchAE(**TINY["PatchAE"], **{argument: value})
+
+
+@pytest.mark.parametrize("backbone", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("model_class", [ADTR, PatchAE, FeatureInpainting])
+def test_a_backbone_that_does_not_fit_is_named(model_class: type[nn.Module], backbone: str) -> None:
+    if model_class is FeatureInpainting and backbone.startswith("vit"):
+        pytest.skip("it takes plain vision transformers")
+    with pytest.raises(ValueError, match=f"backbone must be a CNN, .* got '{backbone}'"):
+        model_class(backbone=backbone, pre_trained=False, image_size=64)
+
+
+def test_top_k_counts_the_cells_of_the_feature_map() -> None:
+    arguments = {**TINY["ADTR"], "feature_size": 8, "patch_size": 2, "labels": "image"}
+    ADTR(**arguments, top_k=64)
+    with pytest.raises(ValueError, match="top_k must be from 1 to the 64 cells of the feature map, got 65"):
+        ADTR(**arguments, top_k=65)

@@ -62,15 +62,17 @@ def test_openvino_scores_are_those_of_the_checkpoint(
     assert np.array_equal(result["pred_label"].ravel(), expected["pred_label"].ravel())
 
 
-def test_the_backbone_is_not_quantised(model: SAAE, stripes: Path, tmp_path: Path) -> None:
+def test_with_a_backbone_int8_ptq_stores_weights_in_8_bits(
+    model: SAAE, exported: Path, stripes: Path, tmp_path: Path
+) -> None:
     datamodule = MVTecAD(root=stripes, category="stripes", eval_batch_size=1, num_workers=0)
-    path = export(
-        model, tmp_path, ExportType.OPENVINO, compression_type=CompressionType.INT8_PTQ, datamodule=datamodule
+    int8, ptq = (
+        export(model, tmp_path / name, ExportType.OPENVINO, compression_type=name, datamodule=datamodule)
+        for name in (CompressionType.INT8, CompressionType.INT8_PTQ)
     )
-    quantised = quantised_convolutions(path)
-    # three convolutions on each side of the transformer, and the one that embeds its patches
-    assert sum(quantised) == 7
-    assert not any(quantised[:-7])
+    assert not any(quantised_convolutions(ptq))
+    sizes = [path.with_suffix(".bin").stat().st_size for path in (int8, ptq, exported)]
+    assert sizes[0] == sizes[1] < 0.5 * sizes[2]
     images = images_of(stripes, (64, 80))
     expected = expected_from(model, images)["pred_score"].ravel()
-    np.testing.assert_allclose(run(path, images, 4, BF16)["pred_score"].ravel(), expected, rtol=0.02)
+    np.testing.assert_allclose(run(ptq, images, 4, BF16)["pred_score"].ravel(), expected, rtol=0.02)

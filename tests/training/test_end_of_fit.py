@@ -193,6 +193,20 @@ def test_a_checkpoint_from_before_the_end_is_completed(name: str, stripes: Path,
             assert torch.equal(checkpoint["state_dict"][key], value), key
 
 
+def test_all_checkpoints_of_the_training_loss_are_completed(stripes: Path, tmp_path: Path) -> None:
+    """Not the best one alone: the last one, and the next best."""
+    saved = ModelCheckpoint(tmp_path, monitor="train_loss", save_top_k=2, save_last=True, filename="{epoch}")
+    model = SAAE(**TINY["SAAE"], distance="mahalanobis", visualizer=False)
+    engine_in(tmp_path, saved, EarlyStopping("train_loss", patience=9)).fit(model, datamodule=data(stripes))
+    paths = {saved.last_model_path, *saved.best_k_models}
+    assert len(paths) == 3
+    for path in paths:
+        state = torch.load(path, weights_only=True)["state_dict"]
+        [whitening] = [value for name, value in state.items() if name.endswith("whitening")]
+        assert not torch.equal(whitening, torch.eye(whitening.shape[-1]).expand_as(whitening))
+        assert state["post_processor._image_threshold"].isfinite()
+
+
 def test_metrics_of_the_user_are_kept(stripes: Path, tmp_path: Path) -> None:
     model = build("SAAE")
     model.evaluator = RawScoreEvaluator(val_metrics=[AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_")])

@@ -9,7 +9,8 @@ import torch
 from anomalib.data import MVTecAD, PredictDataset
 from anomalib.engine import Engine
 from lightning import seed_everything
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
@@ -64,7 +65,7 @@ def assert_finite_weights(path: Path) -> None:
 @pytest.mark.parametrize("name", ["FeatureInpainting", "InTra"])
 def test_weights_in_half_precision_are_refused(name: str, stripes: Path, tmp_path: Path) -> None:
     engine = engine_in(tmp_path, precision="bf16-true")
-    with pytest.raises(ValueError, match="precision='bf16-true' rounds the weights themselves; train with bf16-mixed"):
+    with pytest.raises(ValueError, match="precision='bf16-true' rounds the weights themselves; pass bf16-mixed"):
         engine.fit(build_tiny(name), datamodule=data(stripes))
 
 
@@ -173,3 +174,26 @@ def test_several_dataloaders_are_looked_at(own_stripes: Path, tmp_path: Path) ->
     ]
     with pytest.raises(ValueError, match=r"The image .*009.png cannot be read"):
         engine_in(tmp_path).predict(build(), dataloaders=loaders)
+
+
+def test_half_weights_are_refused_in_use_too(stripes: Path, tmp_path: Path) -> None:
+    engine = engine_in(tmp_path, precision="bf16-true")
+    with pytest.raises(ValueError, match="precision='bf16-true' rounds the weights themselves; pass bf16-mixed or 32"):
+        engine.test(build_tiny("FeatureInpainting"), datamodule=data(stripes))
+
+
+def test_a_cycle_without_an_end_is_refused(stripes: Path, tmp_path: Path) -> None:
+    for name in ("InTra", "SAAE"):
+        engine = engine_in(tmp_path, EarlyStopping("train_loss"), max_epochs=-1)
+        with pytest.raises(ValueError, match="use_one_cycle needs a fit that ends: pass max_epochs, max_steps or"):
+            engine.fit(build_tiny(name, use_one_cycle=True), datamodule=data(stripes))
+
+
+def test_scaled_gradients_need_no_weights(stripes: Path, tmp_path: Path) -> None:
+    """As with precision 16-mixed on a GPU: FeatureInpainting has no optimiser."""
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+    engine = engine_in(tmp_path, max_epochs=1, plugins=[plugin])
+    model = build_tiny("FeatureInpainting")
+    engine.fit(model, datamodule=data(stripes))
+    assert engine.trainer.global_step == engine.trainer.num_training_batches
+    assert model.post_processor.image_threshold.isfinite()

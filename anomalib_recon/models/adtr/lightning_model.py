@@ -16,6 +16,7 @@ See Also:
     :class:`anomalib_recon.models.adtr.torch_model.ADTRModel`: the network, usable alone.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -140,6 +141,7 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
 
     network = ADTRModel
     free_arguments = ("dropout", "pool_size", "top_fraction")
+    defaulted_arguments = ("layers", "feature_size")
 
     def __init__(
         self,
@@ -197,7 +199,7 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
             raise ValueError(msg)
 
         self.model: ADTRModel = self.build_network()
-        self.loss = _choose_loss(labels, alpha, top_k, self.model.num_tokens)
+        self.loss = _choose_loss(labels, alpha, top_k, math.prod(self.model.feature_size))
         self.confetti = ConfettiNoise(confetti) if confetti else None
         self.labels = labels
         self.normal_checkpoint = normal_checkpoint

@@ -31,6 +31,7 @@ from anomalib_recon.layers import (
     ScaleBy,
     Tiling,
     check_dropout,
+    check_image_size,
     check_whole,
     divide_feature_map,
     stage_strides,
@@ -135,6 +136,7 @@ class ADTRModel(Tiling, nn.Module):
             patch_size=patch_size,
         )
         _check_arguments(image_size, embed_dim, num_heads, dropout, query, attention, pool_size)
+        self.image_size = image_size
         self.feature_size = find_feature_size(backbone, image_size, feature_size)
         self.backbone = FrozenBackbone(backbone, layers, pre_trained, backbone_weights)
         self.resize = AntialiasResize(self.feature_size)
@@ -146,18 +148,20 @@ class ADTRModel(Tiling, nn.Module):
         self.reduce = nn.Conv2d(num_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
         self.position_embedding = nn.Parameter(torch.empty(1, self.num_tokens, embed_dim))
         self.encoder = nn.ModuleList(
-            EncoderLayer(embed_dim, num_heads, mlp_dim, dropout, attention) for _ in range(depth)
+            EncoderLayer(embed_dim, num_heads, mlp_dim, dropout, "alone" if hole_size else attention)
+            for _ in range(depth)
         )
         self.query = nn.Parameter(torch.empty(1, self.num_tokens, embed_dim)) if query == "learned" else None
         self.decoder = nn.ModuleList(
-            DecoderLayer(embed_dim, num_heads, mlp_dim, dropout, attention) for _ in range(depth)
+            DecoderLayer(embed_dim, num_heads, mlp_dim, dropout, "alone" if hole_size else attention, attention)
+            for _ in range(depth)
         )
         self.recover = nn.Conv2d(embed_dim, num_channels * patch_size**2, kernel_size=1)
         self.shuffle = nn.PixelShuffle(patch_size)
         _check_hole(hole_size, self.patch_grid, query, attention)
-        self_bias, cross_bias = _hole_biases(self.patch_grid, hole_size, num_heads) if hole_size else (None, None)
-        self.register_buffer("self_bias", self_bias, persistent=False)
-        self.register_buffer("cross_bias", cross_bias, persistent=False)
+        # otherwise what is in the hole would come in by way of other tokens, which self-attentions therefore do not see
+        hole_bias = _hole_bias(self.patch_grid, hole_size, num_heads) if hole_size else None
+        self.register_buffer("hole_bias", hole_bias, persistent=False)
         self.anomaly_map_generator = AnomalyMapGenerator(
             image_size,
             pool_size,
@@ -195,7 +199,11 @@ class ADTRModel(Tiling, nn.Module):
 
         Returns:
             Tensor: Features of shape ``(B, C, h, w)``, without gradient.
+
+        Raises:
+            ValueError: If the images are not of the size that the network was built for.
         """
+        check_image_size(images, self.image_size)
         maps = self.backbone(images)
         with torch.autocast(images.device.type, enabled=False):
             return torch.cat([self.resize(features.float()) for features in maps], dim=1)
@@ -211,10 +219,10 @@ class ADTRModel(Tiling, nn.Module):
         """
         tokens = self.reduce(features).flatten(2).transpose(1, 2)  # (B, T, D)
         for layer in self.encoder:
-            tokens = layer(tokens, self.position_embedding, self.self_bias)
+            tokens = layer(tokens, self.position_embedding)
         rebuilt = tokens if self.query is None else self.query
         for layer in self.decoder:
-            rebuilt = layer(rebuilt, tokens, self.position_embedding, self.self_bias, self.cross_bias)
+            rebuilt = layer(rebuilt, tokens, self.position_embedding, self.hole_bias)
         return self.shuffle(self.recover(rebuilt.transpose(1, 2).unflatten(2, self.patch_grid)))
 
     def compare(self, features: Tensor, reconstruction: Tensor) -> InferenceBatch:
@@ -253,15 +261,14 @@ def _check_hole(hole_size: int, grid_size: tuple[int, int], query: str, attentio
         raise ValueError(msg)
 
 
-def _hole_biases(grid_size: tuple[int, int], hole_size: int, num_heads: int) -> tuple[Tensor, Tensor]:
+def _hole_bias(grid_size: tuple[int, int], hole_size: int, num_heads: int) -> Tensor:
     """What keeps a query from what it rebuilds.
 
-    Self-attentions see a token alone; otherwise what is in the hole would come in by way of the others. The attention
-    of the query to the encoder sees what lies outside the hole, the nearer the better: each head lowers its logits by
-    the distance times a slope of its own, as in ALiBi (Press et al., 2022).
+    The attention of the query to the encoder sees what lies outside the hole, the nearer the better: each head lowers
+    its logits by the distance times a slope of its own, as in ALiBi (Press et al., 2022).
 
     Returns:
-        tuple[Tensor, Tensor]: Biases of the self-attentions and of the attention to the encoder, ``(1, heads, T, T)``.
+        Tensor: Bias of the attention to the encoder, ``(1, heads, T, T)``.
     """
     places = torch.cartesian_prod(*(torch.arange(side) for side in grid_size))  # (T, 2)
     offsets = places - places[:, None]  # from query to key, (T, T, 2)
@@ -270,8 +277,7 @@ def _hole_biases(grid_size: tuple[int, int], hole_size: int, num_heads: int) -> 
     directions = (reach + 1) * torch.stack([angles.sin(), angles.cos()], dim=-1)  # (heads, 2)
     near = -SLOPE * (offsets - directions[:, None, None]).norm(dim=-1)  # (heads, T, T)
     is_hole = offsets.abs().amax(dim=-1) <= reach
-    alone = torch.zeros_like(near).masked_fill(~torch.eye(len(places), dtype=torch.bool), -torch.inf)
-    return alone[None], near.masked_fill(is_hole, -torch.inf)[None]
+    return near.masked_fill(is_hole, -torch.inf)[None]
 
 
 def find_feature_size(

@@ -12,6 +12,7 @@ Example:
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from anomalib_recon.layers import multihead_attention
 
@@ -51,8 +52,22 @@ class MultiheadAttention(nn.MultiheadAttention):
         return multihead_attention(self, query, key, value, bias)
 
 
+class LoneAttention(MultiheadAttention):
+    """The same of tokens that attend to themselves alone, which leaves the linear maps of values and output."""
+
+    def forward(  # type: ignore[override]
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """Map each token; all shapes are ``(B, T, D)``."""
+        del query, key, bias
+        weight, bias = self.in_proj_weight.chunk(3)[2], self.in_proj_bias.chunk(3)[2]
+        return self.out_proj(functional.linear(value, weight, bias))
+
+
 def _attention(kind: str, embed_dim: int, num_heads: int) -> nn.Module:
-    return MultiheadAttention(embed_dim, num_heads) if kind == "multihead" else ConcatProjection(embed_dim)
+    if kind == "concat":
+        return ConcatProjection(embed_dim)
+    return (LoneAttention if kind == "alone" else MultiheadAttention)(embed_dim, num_heads)
 
 
 def _feed_forward(embed_dim: int, mlp_dim: int) -> nn.Sequential:
@@ -67,7 +82,7 @@ class EncoderLayer(nn.Module):
         num_heads (int): Number of heads.
         mlp_dim (int): Hidden width of the feed-forward network.
         dropout (float): Fraction of each part's output that is dropped in training.
-        attention (str): ``"multihead"`` or ``"concat"``.
+        attention (str): ``"multihead"``, ``"concat"``, or ``"alone"`` for tokens that do not see each other.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, dropout: float, attention: str) -> None:
@@ -77,20 +92,18 @@ class EncoderLayer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, tokens: Tensor, position: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, position: Tensor) -> Tensor:
         """Encode tokens.
 
         Args:
             tokens (Tensor): Tokens of shape ``(B, T, D)``.
             position (Tensor): Position embedding of shape ``(1, T, D)``.
-            bias (Tensor | None): See :class:`MultiheadAttention`.
-                Defaults to ``None``.
 
         Returns:
             Tensor: Tokens of shape ``(B, T, D)``.
         """
         located = tokens + position
-        tokens = self.norm1(tokens + self.dropout(self.self_attention(located, located, tokens, bias)))
+        tokens = self.norm1(tokens + self.dropout(self.self_attention(located, located, tokens)))
         return self.norm2(tokens + self.dropout(self.feed_forward(tokens)))
 
 
@@ -102,42 +115,36 @@ class DecoderLayer(nn.Module):
         num_heads (int): Number of heads.
         mlp_dim (int): Hidden width of the feed-forward network.
         dropout (float): Fraction of each part's output that is dropped in training.
-        attention (str): ``"multihead"`` or ``"concat"``.
+        self_attention (str): ``"multihead"``, ``"concat"``, or ``"alone"`` for tokens that do not see each other.
+        cross_attention (str): ``"multihead"`` or ``"concat"``.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, dropout: float, attention: str) -> None:
+    def __init__(
+        self, embed_dim: int, num_heads: int, mlp_dim: int, dropout: float, self_attention: str, cross_attention: str
+    ) -> None:
         super().__init__()
-        self.self_attention = _attention(attention, embed_dim, num_heads)
-        self.cross_attention = _attention(attention, embed_dim, num_heads)
+        self.self_attention = _attention(self_attention, embed_dim, num_heads)
+        self.cross_attention = _attention(cross_attention, embed_dim, num_heads)
         self.feed_forward = _feed_forward(embed_dim, mlp_dim)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(embed_dim) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(
-        self,
-        query: Tensor,
-        encoded: Tensor,
-        position: Tensor,
-        self_bias: Tensor | None = None,
-        cross_bias: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, query: Tensor, encoded: Tensor, position: Tensor, bias: Tensor | None = None) -> Tensor:
         """Decode a query.
 
         Args:
             query (Tensor): Query embedding of shape ``(1, T, D)``, or the output of the layer before, ``(B, T, D)``.
             encoded (Tensor): Output of the encoder, of shape ``(B, T, D)``.
             position (Tensor): Position embedding of shape ``(1, T, D)``.
-            self_bias (Tensor | None): Of the self-attention, see :class:`MultiheadAttention`.
-                Defaults to ``None``.
-            cross_bias (Tensor | None): Of the attention to the encoder.
+            bias (Tensor | None): Of the attention to the encoder, see :class:`MultiheadAttention`.
                 Defaults to ``None``.
 
         Returns:
             Tensor: Tokens of shape ``(B, T, D)``.
         """
         located = query + position
-        attended = self.self_attention(located, located, query, self_bias).expand_as(encoded)
+        attended = self.self_attention(located, located, query).expand_as(encoded)
         query = self.norm1(query + self.dropout(attended))
-        attended = self.cross_attention(query + position, encoded + position, encoded, cross_bias)
+        attended = self.cross_attention(query + position, encoded + position, encoded, bias)
         query = self.norm2(query + self.dropout(attended))
         return self.norm3(query + self.dropout(self.feed_forward(query)))

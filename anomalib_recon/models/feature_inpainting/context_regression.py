@@ -11,7 +11,7 @@ Example:
     torch.Size([1, 16, 12, 12])
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +81,7 @@ class ContextRegression(nn.Module):
                 Iterated twice.
         """
         first = NormalEquations()
-        for number, batch in enumerate(features):
+        for number, batch in _numbered(features):
             first.add(self._windows(batch, number), _some_cells(batch, number))
         weight = first.solve(CONTEXT_RIDGE)  # (n, C)
         predicted = weight.T @ first.inputs @ weight / first.count  # covariance of the predictions, (C, C)
@@ -91,7 +91,7 @@ class ContextRegression(nn.Module):
             _draw_units(self.units, (directions.T @ predicted @ directions).diagonal().clamp(min=1e-12).sqrt())
 
         second = NormalEquations()
-        for number, batch in enumerate(features):
+        for number, batch in _numbered(features):
             seen = self._directions(self.linear(batch[:, : self.context_dim]))
             constant = torch.ones_like(seen[:, :1])
             second.add(_some_cells(torch.cat([seen, constant], dim=1), number), _some_cells(batch, number))
@@ -150,7 +150,22 @@ def _draw_units(units: nn.Conv2d, std: Tensor) -> None:
     units.bias.copy_(BIAS_STD * torch.randn(num_units, generator=generator))
 
 
+def _numbered(features: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Batches of features, each with the number of its first image among all."""
+    number = 0
+    for batch in features:
+        yield number, batch
+        number += len(batch)
+
+
 def _some_cells(features: Tensor, number: int) -> Tensor:
-    """Every other cell of features, other ones for each batch number, ``(b, C, h, w) -> (p, C)``."""
-    top, left = number % STEP, number // STEP % STEP
-    return features[:, :, top::STEP, left::STEP].movedim(1, -1).flatten(0, 2)
+    """Every other cell of features, other ones for each image, ``(b, C, h, w) -> (p, C)``.
+
+    Which ones depends on the number of the image among all, so that the size of batches has no influence.
+    """
+    cells = []
+    for kind in range(STEP**2):
+        top, left = kind % STEP, kind // STEP
+        images = features[(kind - number) % STEP**2 :: STEP**2]
+        cells.append(images[:, :, top::STEP, left::STEP].movedim(1, -1).flatten(0, 2))
+    return torch.cat(cells)

@@ -13,7 +13,7 @@ See Also:
     :class:`anomalib_recon.models.feature_inpainting.torch_model.FeatureInpaintingModel`: the network, usable alone.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -89,6 +89,7 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
 
     network = FeatureInpaintingModel
     free_arguments = ("top_fraction",)
+    defaulted_arguments = ("layers", "feature_stride")
     scales_features = True
     needs_datamodule = True
 
@@ -148,6 +149,21 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
             Tensor: The same, for Lightning, which would not count a step without it.
         """
         return cast("Tensor", super().training_step(batch, *args, **kwargs)).detach().requires_grad_()
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Take a training step without an optimiser: scaled gradients of 16-mixed would ask for one's weights.
+
+        Args:
+            epoch (int): Not used.
+            batch_idx (int): Not used.
+            optimizer (Any): Not used.
+            optimizer_closure (Callable[[], Any] | None): The step.
+        """
+        del epoch, batch_idx, optimizer
+        if optimizer_closure is not None:
+            optimizer_closure()
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:

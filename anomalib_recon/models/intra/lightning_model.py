@@ -37,6 +37,7 @@ from anomalib_recon.models.base import ReconstructionModule
 from anomalib_recon.training import (
     EndOfFit,
     HeldOutImages,
+    check_end,
     map_images,
     one_cycle_factor,
     own_share,
@@ -225,7 +226,13 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
         self.automatic_optimization = False
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam, as in section 4.1; AdamW with ``weight_decay``."""
+        """Adam, as in section 4.1; AdamW with ``weight_decay``.
+
+        Raises:
+            ValueError: If nothing ends a fit with ``use_one_cycle``.
+        """
+        if self.use_one_cycle:
+            check_end(self.trainer)
         return torch.optim.AdamW(self.model.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
 
     def configure_end(self) -> Sequence[Callback]:

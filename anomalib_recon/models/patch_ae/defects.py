@@ -79,6 +79,11 @@ class ArtificialDefects(nn.Module):
         if not kinds or not set(kinds) <= set(KINDS):
             msg = f"defect_kinds must be some of {', '.join(KINDS)}, got {', '.join(kinds) or 'none'}."
             raise ValueError(msg)
+        ranges = {"size": size_range, "aspect": aspect_range, "angle": angle_range, "position": position_range}
+        for name, values in ranges.items():
+            if len(values) != 2:
+                msg = f"defect_{name}_range must be two numbers, the lower first, got {list(values)}."
+                raise ValueError(msg)
         for name, (low, high) in (("size", size_range), ("aspect", aspect_range)):
             if not 0 < low <= high:
                 msg = f"defect_{name}_range must be two positive numbers, the lower first, got {[low, high]}."

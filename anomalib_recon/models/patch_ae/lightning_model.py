@@ -130,8 +130,8 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
 
     network = PatchAEModel
     free_arguments = ("trained_stages", "sigma", "top_fraction", "vectors_per_chunk")
+    defaulted_arguments = ("layers",)
     needs_datamodule = True
-    comparison_layers = 3  # the search, the whitening, and what it enlarges the errors of
 
     def __init__(
         self,
@@ -236,6 +236,8 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
         Raises:
             ValueError: If it would.
         """
+        if self.model.score_by == "reconstruction":
+            return
         num_images = len(self.training_images())
         num_patches = self.model.num_patches
         num_candidates = num_images * min(num_patches, self._candidates_per_image(num_images) or num_patches)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from anomalib.data import ImageBatch
 from anomalib.deploy import CompressionType, ExportType
 
 from anomalib_recon.models import ADTR, SAAE
@@ -79,6 +80,23 @@ def test_checkpoint_and_exports_hold_the_distance(fitted, stripes: Path, tmp_pat
             datamodule=data(stripes),
         )  # fmt: skip
         np.testing.assert_allclose(run(path, images, 5)["anomaly_map"], expected["anomaly_map"], atol=bound)
+
+
+@pytest.mark.parametrize("scale", ["stage", "channel"])
+@pytest.mark.parametrize(("name", "arguments"), [("SAAE", {"latent_dim": 8}), ("ADTR", {}), ("PatchAE", {})])
+def test_a_scale_is_fitted_saved_and_used(
+    name: str, arguments: dict, scale: str, stripes: Path, tmp_path: Path
+) -> None:
+    model, engine = build(name, **arguments, feature_scale=scale), engine_in(tmp_path, max_epochs=1)
+    engine.fit(model, datamodule=data(stripes))
+    loaded = type(model).load_from_checkpoint(checkpoint_of(engine)).eval()
+    images = torch.stack([torch.as_tensor(np.asarray(item.image)) for item in data_of(stripes)])
+    with torch.no_grad():
+        features = loaded.start_features(ImageBatch(image=images))
+        scaled = loaded.model.scale(features).movedim(1, 0).flatten(1)
+    parts = scaled.split(loaded.model.scale.num_channels) if scale == "stage" else [scaled]
+    variances = [part.var(dim=1).mean() if scale == "stage" else part.var(dim=1).median() for part in parts]
+    torch.testing.assert_close(torch.stack(variances), torch.ones(len(parts)), atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize(

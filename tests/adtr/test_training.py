@@ -229,6 +229,26 @@ def test_labelled_anomalies_are_pushed_away(
     assert is_finite(model)
 
 
+def test_the_recommended_adtr_continues_with_labelled_anomalies(stripes: Path, tmp_path: Path) -> None:
+    """With a hole, whitened features, one cycle, and a distance that is measured anew."""
+    recipe = {
+        "patch_size": 2, "hole_size": 1, "dropout": 0.0, "feature_scale": "whiten", "distance": "mahalanobis",
+        "pool_size": 1, "top_fraction": 0.01, "use_one_cycle": True,
+    }  # fmt: skip
+    start, engine = train(data(stripes), tmp_path / "normal", recipe)
+    plus = {**recipe, "labels": "pixel", "normal_checkpoint": checkpoint_of(engine)}
+    model, _ = train(labelled_data(stripes), tmp_path / "plus", plus)
+    assert is_finite(model)
+    # the scale is that of the ADTR, and residuals are those of the new weights
+    assert torch.equal(model.model.scale.whitening.matrix, start.model.scale.whitening.matrix)
+    before, after = (network.model.anomaly_map_generator.mahalanobis.whitening for network in (start, model))
+    assert not torch.equal(before, after)
+    folder = stripes / "stripes" / "test"
+    with torch.no_grad():
+        good, holes = (model.eval()(images_in(folder / name)).pred_score for name in ("good", "hole"))
+    assert holes.mean() > good.mean()
+
+
 @pytest.mark.parametrize(
     ("arguments", "labelled", "words"),
     [

@@ -6,6 +6,7 @@ import torch
 from scipy import ndimage
 
 from anomalib_recon.models.patch_ae.defects import KINDS, ArtificialDefects
+from tests.tiny_models import build
 
 CENTRED = {"probability": 1.0, "position_range": (0.5, 0.5)}
 
@@ -167,3 +168,12 @@ def test_the_generator_decides(images: torch.Tensor) -> None:
 def test_wrong_arguments_are_named(argument: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ArtificialDefects(**argument)
+
+
+def test_patch_ae_hands_on_each_argument() -> None:
+    given = {
+        "probability": 0.7, "kinds": ("scar", "blob"), "size_range": (0.002, 0.01), "aspect_range": (0.5, 2.0),
+        "angle_range": (10.0, 20.0), "position_range": (0.2, 0.8),
+    }  # fmt: skip
+    model = build("PatchAE", **{f"defect_{name}": value for name, value in given.items()})
+    assert {name: getattr(model.defects, name) for name in given} == given

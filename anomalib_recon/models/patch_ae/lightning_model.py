@@ -184,12 +184,12 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
         self.model: PatchAEModel = self.build_network()
         self.loss = HybridLoss(alpha, patch_size)
         self.defects = ArtificialDefects(
-            defect_probability,
-            defect_kinds,
-            defect_size_range,
-            defect_aspect_range,
-            defect_angle_range,
-            defect_position_range,
+            probability=defect_probability,
+            kinds=defect_kinds,
+            size_range=defect_size_range,
+            aspect_range=defect_aspect_range,
+            angle_range=defect_angle_range,
+            position_range=defect_position_range,
         )
         self.scales_features = feature_scale != "none"
         self.feature_cache = FeatureCache(0, "defects are drawn on images")

@@ -56,7 +56,7 @@ class TrainingTime(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Add the time of the parts before."""
-        self._earlier = state_dict["seconds"]
+        self._earlier = state_dict.get("seconds", 0.0)  # an older version kept others
 
 
 @dataclass(frozen=True)

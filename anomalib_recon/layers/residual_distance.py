@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 # cells that share a covariance: a square with this side
 BLOCK_SIZE = 2
+# blocks whose covariances are factored at a time
 BLOCKS_PER_PART = 16
 # memory of the covariances, in GiB, of which the log says what to do
 MUCH_MEMORY = 2.0

@@ -54,6 +54,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "full, patches of 16": {"patch_size": 16},
     "full, patches of 32": {"patch_size": 32},
     "full, all stages trained": {"trained_stages": 4},
+    "full, 128 values a vector": {"embed_dim": 128},
     "full, without projection": {"embed_dim": None},
     "full, one scale a stage": {"feature_scale": "stage"},
     "full, one scale a stage, without the last": {"feature_scale": "stage", "num_layers": 3},

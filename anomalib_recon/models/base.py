@@ -477,7 +477,8 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
             ValueError: If it is.
         """
         arguments = {**self.added_arguments, **checkpoint.get("hyper_parameters", {})}
-        defaulted = {name for name in self.defaulted_arguments if None in (arguments.get(name), self.hparams[name])}
+        given = {name for name in self.defaulted_arguments if name in arguments}
+        defaulted = {name for name in given if arguments[name] is None or self.hparams[name] is None}
         free = {"pre_trained", "backbone_weights", *self.free_arguments, *defaulted}
         names = [name for name in _arguments_of(self.network) if name not in free]
         refuse_other_networks({"hyper_parameters": arguments}, type(self).__name__, self.hparams, names)

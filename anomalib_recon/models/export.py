@@ -94,11 +94,11 @@ class CurrentOpsetExport(RawScoreExport):
         self, model: "openvino.Model", datamodule: AnomalibDataModule | None = None
     ) -> "openvino.Model":
         """Quantise all but the comparison, where anomalib's method of this name quantises all."""
-        import nncf  # noqa: PLC0415  # slow, and only needed here
-
         if backbone_operations(model):
             logger.warning("int8_ptq stores the weights of a model with a backbone in 8 bits, as int8 does.")
             return self._compress_ov_model(model, CompressionType.INT8)
+        import nncf  # noqa: PLC0415  # slow, and only needed here
+
         if datamodule is None:
             msg = "compression_type=int8_ptq needs images to calibrate with: pass datamodule, or --data in a command."
             raise ValueError(msg)

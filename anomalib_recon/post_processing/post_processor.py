@@ -30,7 +30,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from anomalib_recon.training import normal_images, score_images
+from anomalib_recon.training import checkpoint_files, normal_images, score_images
 
 from .highest_scores import HighestScores
 from .region_post_processor import RegionPostProcessor
@@ -235,13 +235,13 @@ class FalsePositiveRatePostProcessor(RegionPostProcessor):
 def _checkpoints(trainer: Trainer) -> list[Path]:
     """Checkpoints of this run, without that from which it was resumed."""
     paths = {
-        Path(path).resolve()
+        path
         for callback in trainer.checkpoint_callbacks
         if isinstance(callback, ModelCheckpoint)
-        for path in (callback.best_model_path, callback.last_model_path, *callback.best_k_models)
-        if path and Path(cast("str", callback.dirpath)).resolve() in Path(path).resolve().parents
+        for path in checkpoint_files(callback)
+        if Path(cast("str", callback.dirpath)).resolve() in path.parents
     }
-    return sorted(path for path in paths if path.is_file())
+    return sorted(paths)
 
 
 def _save_resumed(trainer: Trainer, callback: ModelCheckpoint) -> None:

@@ -2,7 +2,7 @@
 
 """What happens around a fit: its images, cached features, held-out images, its end, and checkpoints."""
 
-from .checkpoints import RandomState, load_checkpoint, refuse_other_networks
+from .checkpoints import RandomState, checkpoint_files, load_checkpoint, refuse_other_networks
 from .end_of_fit import EndOfFit
 from .feature_cache import FeatureBatch, FeatureCache
 from .guards import FiniteLoss, ReadableImages
@@ -24,6 +24,7 @@ __all__ = [
     "check_end",
     "check_products",
     "check_training_files",
+    "checkpoint_files",
     "evaluation",
     "find_products",
     "load_checkpoint",

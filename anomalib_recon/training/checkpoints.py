@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 
@@ -63,6 +64,19 @@ def load_checkpoint(path: str | Path, argument: str) -> dict[str, Any]:
     except Exception as error:  # torch fails in as many ways as files can be broken
         msg = f"{argument}={path} is not a checkpoint of anomalib, or not a whole one; pass another file."
         raise ValueError(msg) from error
+
+
+def checkpoint_files(callback: ModelCheckpoint) -> set[Path]:
+    """Find the checkpoints that a callback has kept.
+
+    Args:
+        callback (ModelCheckpoint): The callback.
+
+    Returns:
+        set[Path]: The best, the last and the next best ones, as far as they are there.
+    """
+    paths = {callback.best_model_path, callback.last_model_path, *callback.best_k_models}
+    return {Path(path).resolve() for path in paths if path and Path(path).is_file()}
 
 
 class RandomState(Callback):

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from .checkpoints import checkpoint_files
 from .held_out import HeldOutImages
 
 logger = logging.getLogger(__name__)
@@ -105,11 +106,11 @@ class EndOfFit(Callback):
             path
             for callback in trainer.checkpoint_callbacks
             if isinstance(callback, ModelCheckpoint) and not (self._is_watched and callback.monitor)
-            for path in (callback.best_model_path, callback.last_model_path, *callback.best_k_models)
+            for path in checkpoint_files(callback)
         }
-        for path in sorted(paths - {"", trainer.ckpt_path}):
-            if Path(path).is_file():
-                self._complete(path, trainer, pl_module)
+        resumed = {Path(trainer.ckpt_path).resolve()} if trainer.ckpt_path else set()
+        for path in sorted(paths - resumed):
+            self._complete(path, trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the trainer as it was, also after a fit without an epoch."""
@@ -142,7 +143,7 @@ class EndOfFit(Callback):
                 trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
 
-    def _complete(self, path: str, trainer: Trainer, module: LightningModule) -> None:
+    def _complete(self, path: Path, trainer: Trainer, module: LightningModule) -> None:
         """Save a checkpoint anew, if it is not of the finished model: with the weights that it has, finished."""
         checkpoint = trainer.strategy.checkpoint_io.load_checkpoint(path, map_location="cpu")
         final = {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}

@@ -42,13 +42,17 @@ TINY = {"embed_dim": 192, "num_heads": 3, "target_layers": list(range(2, 10))}
 PROBE_STEPS = 10
 
 
-def build_dinomaly(weights: Path) -> Dinomaly:
-    """anomalib's Dinomaly, which knows DINOv2's transformers alone, on another one with local weights."""
-    from_file = partial(timm.create_model, pretrained_cfg_overlay={"file": str(weights), "num_classes": 0})
-    with patch.dict(dinomaly.DINO_ARCHITECTURES, {"tiny": TINY}), patch.object(timm, "create_model", from_file):
+def build_dinomaly(weights: Path | None, image_size: int = IMAGE_SIZE) -> Dinomaly:
+    """anomalib's Dinomaly, which knows DINOv2's transformers alone, on another one with local or random weights."""
+    create, source = timm.create_model, {"file": str(weights), "num_classes": 0}
+
+    def create_model(*args: Any, **kwargs: Any) -> Any:
+        return create(*args, **kwargs | ({"pretrained_cfg_overlay": source} if weights else {"pretrained": False}))
+
+    with patch.dict(dinomaly.DINO_ARCHITECTURES, {"tiny": TINY}), patch.object(timm, "create_model", create_model):
         return Dinomaly(
             BACKBONE, evaluator=RawScoreEvaluator(), visualizer=False,
-            pre_processor=Dinomaly.configure_pre_processor((IMAGE_SIZE, IMAGE_SIZE), IMAGE_SIZE),
+            pre_processor=Dinomaly.configure_pre_processor((image_size, image_size), image_size),
         )  # fmt: skip
 
 

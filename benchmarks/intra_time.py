@@ -43,9 +43,8 @@ SHARED = (
 )  # fmt: skip
 
 
-def arguments_of(recipe: str) -> dict[str, Any]:
-    config = yaml.safe_load(config_path("recommended/intra.yaml").read_text(encoding="utf-8"))
-    arguments = config["model"]["init_args"]
+def arguments_of(recipe: str, config: str) -> dict[str, Any]:
+    arguments = yaml.safe_load(config_path(config).read_text(encoding="utf-8"))["model"]["init_args"]
     return arguments if recipe == "recommended" else {name: arguments[name] for name in SHARED}
 
 
@@ -70,7 +69,7 @@ def measure_painting(checkpoint: str, datamodule: MVTecAD) -> dict[str, float]:
 def measure(recipe: str, minutes: float, args: argparse.Namespace) -> dict[str, Any]:
     """Train for so many minutes, and test."""
     seed_everything(SEED, verbose=False)
-    model = InTra(**arguments_of(recipe), visualizer=False)
+    model = InTra(**arguments_of(recipe, args.config), visualizer=False)
     datamodule = MVTecAD(root=args.root, category=args.category, eval_batch_size=16, num_workers=0)
     max_time = {"seconds": round(60 * minutes)}
     engine = create_engine(args.output / "trainings", args.precision, max_epochs=-1, max_time=max_time)
@@ -96,6 +95,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True, help="data in MVTec AD's layout")
     parser.add_argument("--category", required=True)
     parser.add_argument("--minutes", type=float, nargs="+", default=[1, 5, 15])
+    parser.add_argument("--config", default="recommended/intra.yaml", help="in the folder configs; the recommended one")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--output", type=Path, default=Path("results/intra_time"))

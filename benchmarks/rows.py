@@ -35,11 +35,14 @@ class Rows:
     def __init__(self, path: Path, args: argparse.Namespace) -> None:
         self.path = path
         self.arguments = {name: str(value) for name, value in vars(args).items() if name not in CHOOSE_ROWS}
-        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        stored = self._stored()
         self.figures: dict[str, dict[str, Any]] = stored.get("rows", {})
         if self.figures and stored.get("arguments") != self.arguments:
             msg = f"{path} has figures of other arguments, {stored.get('arguments')}; pass another --output."
             raise SystemExit(msg)
+
+    def _stored(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
 
     def measure(self, name: str, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Add a row, unless it is there, write all, and print them as a table.
@@ -52,7 +55,9 @@ class Rows:
             dict[str, Any]: The figures of the row.
         """
         if name not in self.figures:
-            self.figures[name] = function()
+            figures = function()
+            self.figures.update(self._stored().get("rows", {}))  # what another call may have measured meanwhile
+            self.figures[name] = figures
             machine = f"{platform.machine()}, {os.cpu_count()} cores"
             content = {"machine": machine, "arguments": self.arguments, "rows": self.figures}
             write_whole(self.path, json.dumps(content, indent=2).encode())

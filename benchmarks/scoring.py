@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Time to score an image, and to export and load the model, beside the backbone alone and PatchCore.
+"""Time to score an image, and to export and load the model, beside the backbone alone and anomalib's models.
 
 ``python -m benchmarks.scoring --output results/scoring``
 
-The recommended networks with random weights on 256 pixels, and PatchCore on the two stages that PatchAE takes, with
-banks of 1 and 10 % of 250 images. The time of a network does not depend on what it has learned. ``backbone`` is that of
-all of them, up to the last stage they take. Each format is timed in turns with it. Prints tables and writes the figures
-as JSON.
+The recommended networks with random weights on 256 pixels, PatchCore on the two stages that PatchAE takes, with banks
+of 1 and 10 % of 250 images, and EfficientAD-S and Dinomaly (on ViT-Ti/16) as they come. The time of a network does not
+depend on what it has learned. ``backbone`` is that of all but the last two, up to the last stage they take. Each format
+is timed in turns with it. Prints tables and writes the figures as JSON.
 """
 
 import argparse
@@ -27,16 +27,21 @@ import pandas as pd
 import torch
 from anomalib.deploy import ExportType
 from anomalib.engine import Engine
-from anomalib.models import AnomalibModule, Patchcore
+from anomalib.models import AnomalibModule, EfficientAd, Patchcore
 from torch import Tensor, nn
 
 from anomalib_recon.files import write_whole
 from anomalib_recon.layers import FrozenBackbone
 
+from .dinomaly import build_dinomaly
 from .time_to_model import BACKBONE, CONFIGS, LAYERS, build_own
 
 SIZE = (256, 256)
 NUM_IMAGES, CELLS = 250, 1024
+OTHER_NETWORKS: dict[str, Callable[[], AnomalibModule]] = {
+    "EfficientAD-S": lambda: EfficientAd(visualizer=False),
+    "Dinomaly, ViT-Ti": lambda: build_dinomaly(None, SIZE[0]),
+}
 BANKS = {"PatchCore, 1 %": 0.01, "PatchCore, 10 %": 0.1}
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -56,6 +61,8 @@ class Backbone(nn.Module):
 def build(name: str) -> AnomalibModule:
     """Build a model that can score, with random weights."""
     torch.manual_seed(0)
+    if name in OTHER_NETWORKS:
+        return OTHER_NETWORKS[name]().eval()
     if name in BANKS:
         model = Patchcore(BACKBONE, LAYERS[1:], pre_trained=False, visualizer=False)
         channels = sum(model.model.feature_extractor.out_dims)
@@ -142,7 +149,7 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [*CONFIGS, *BANKS]
+    names = [*CONFIGS, *BANKS, *OTHER_NETWORKS]
     parser.add_argument("--models", nargs="+", choices=names, default=names)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--turns", type=int, default=9)

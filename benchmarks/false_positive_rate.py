@@ -32,8 +32,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from matplotlib import pyplot as plt
 from numpy.typing import NDArray
 
+from anomalib_recon.deploy.highest_scores import HighestScores
 from anomalib_recon.post_processing import FalsePositiveRatePostProcessor
-from anomalib_recon.post_processing.highest_scores import HighestScores
 from anomalib_recon.training import normal_images, score_images
 
 Scores = dict[str, list[torch.Tensor]]
@@ -65,7 +65,7 @@ def measured_rates(training: list[torch.Tensor], other: list[torch.Tensor], aske
     """Share of the ``other`` scores above the thresholds that hold the asked rates on the training scores."""
     highest = HighestScores(max(asked), sum(map(len, training)))
     for batch in training:
-        highest.update(batch)
+        highest.update(batch.numpy())
     ordered: NDArray[np.float32] = np.sort(torch.cat([batch.flatten() for batch in other]).float().numpy())
     thresholds = np.array([highest.threshold(rate) for rate in asked], dtype=np.float32)
     return list(1 - np.searchsorted(ordered, thresholds, side="right") / len(ordered))
@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True, help="path of the results, without ending")
     args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
 
     seed_everything(args.seed)
     engine, model, datamodule = fit(args.config, args.held_out, args.seed)

@@ -26,9 +26,9 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.v2 import RandomInvert, Resize
 
+from anomalib_recon.deploy.highest_scores import HighestScores
 from anomalib_recon.models import InTra
 from anomalib_recon.post_processing import FalsePositiveRatePostProcessor
-from anomalib_recon.post_processing.highest_scores import HighestScores
 
 SIZE = 16
 NUM_IMAGES = 200
@@ -325,7 +325,7 @@ def test_thresholds_of_a_stream_are_those_of_all_scores(rate: float) -> None:
     scores = torch.randn(50, 1, 4, 5, generator=torch.Generator().manual_seed(0)).mul(8).round()
     stream = HighestScores(0.5, len(scores))
     for batch in scores.split(7):
-        stream.update(batch)
+        stream.update(batch.numpy())
     allowed = [value for value in scores.unique() if int((scores > value).sum()) <= round(rate * 1000)]
     assert stream.threshold(rate) == float(min(allowed))
 
@@ -335,7 +335,7 @@ def test_maps_of_different_sizes_stay_below_the_rate() -> None:
     maps = [torch.randn(1, 1, 4, 4, generator=generator) + 3, torch.randn(1, 1, 64, 64, generator=generator)]
     stream = HighestScores(0.1, 2)
     for values in maps:
-        stream.update(values)
+        stream.update(values.numpy())
     scores = torch.cat([values.flatten() for values in maps])
     assert float((scores > stream.threshold(0.1)).float().mean()) <= 0.1
 
@@ -366,6 +366,7 @@ def test_at_a_rate_of_0_the_thresholds_are_the_highest_scores_of_normal_images(
     [
         ({"pixel_fpr": -0.1}, "pixel_fpr must be at least 0 and below 1, got -0.1"),
         ({"image_fpr": 5}, "image_fpr must be at least 0 and below 1, got 5"),
+        ({"image_fpr": "0.05"}, "image_fpr must be a finite number, got '0.05'"),
         ({"split": "test"}, "split must be 'train' or 'val', got 'test'"),
     ],
 )

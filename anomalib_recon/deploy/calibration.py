@@ -3,18 +3,13 @@
 """Other thresholds for an exported model, from normal images, without torch."""
 
 import filecmp
-import math
 import shutil
 from collections.abc import Sequence
-from decimal import Decimal
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from . import onnx_file
 from .grey_levels import GreyLevels
+from .highest_scores import HighestScores
 from .images import read_image
 from .metadata import RAW_MAP, RAW_SCORE, Scale, Thresholds
 from .model import ExportedModel
@@ -57,14 +52,19 @@ def find_thresholds(
         msg = "paths must name at least one normal image, got none."
         raise ValueError(msg)
     normalized = model.thresholds.normalized
-    images, pixels = _Highest(image_fpr, len(paths)), _Highest(pixel_fpr, len(paths), model.region_share)
+    images = HighestScores(image_fpr, len(paths))
+    pixels = HighestScores(pixel_fpr, len(paths), model.region_share)
     levels = levels or model.levels
     for path in paths:
         outputs = model(read_image(path, levels)[None])
         images.update(outputs[RAW_SCORE])
         if RAW_MAP in outputs:
             pixels.update(outputs[RAW_MAP])
-    return Thresholds(images.scale(normalized), pixels.scale(normalized) if pixels.count else None, normalized)
+
+    def scale(scores: HighestScores) -> Scale:
+        return Scale.of_normal_scores(scores.lowest, scores.threshold(scores.max_rate), normalized=normalized)
+
+    return Thresholds(scale(images), scale(pixels) if pixels.count else None, normalized)
 
 
 def set_thresholds(path: Path, thresholds: Thresholds, output: Path | None = None) -> None:
@@ -79,10 +79,7 @@ def set_thresholds(path: Path, thresholds: Thresholds, output: Path | None = Non
         ValueError: If ``output`` has another ending, its folder has the weights of another model under the name of
             this one's, or the model has no thresholds that could be replaced.
     """
-    output = output or path
-    if output.suffix != path.suffix:
-        msg = f"output must end in {path.suffix} as the model does, got {output}."
-        raise ValueError(msg)
+    output = check_output(path, output)
     output.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".xml":
         from . import openvino_file  # noqa: PLC0415  # an ONNX model is changed without openvino
@@ -95,62 +92,47 @@ def set_thresholds(path: Path, thresholds: Thresholds, output: Path | None = Non
     content = path.read_bytes()
     Thresholds.from_metadata(onnx_file.read_metadata(content))
     content = onnx_file.write_thresholds(content, thresholds)
-    weights = path.with_name(f"{path.name}.data")
+    weights = _weights_of(path)
     if weights.exists():
         _copy_weights(weights, output.with_name(weights.name))
     onnx_file.save_whole(content, output)
 
 
-def _copy_weights(weights: Path, target: Path) -> None:
-    """Put the weights of an ONNX model, whose name is in its graph, beside a copy of it."""
-    if not target.exists():
-        temporary = target.with_name(f"{target.name}.part")
-        shutil.copyfile(weights, temporary)
-        temporary.replace(target)
-    elif not filecmp.cmp(weights, target, shallow=False):
+def check_output(path: Path, output: Path | None = None) -> Path:
+    """Find out whether a model with other thresholds can be written to a file.
+
+    Args:
+        path (Path): The ``.xml`` or ``.onnx`` file of the model.
+        output (Path | None): File to write. Defaults to ``None``, which means ``path``.
+
+    Returns:
+        Path: The file to write.
+
+    Raises:
+        ValueError: If ``output`` has another ending, or its folder has the weights of another model under the name of
+            this one's.
+    """
+    output = output or path
+    if output.suffix != path.suffix:
+        msg = f"output must end in {path.suffix} as the model does, got {output}."
+        raise ValueError(msg)
+    weights, target = _weights_of(path), output.with_name(_weights_of(path).name)
+    if weights.exists() and target.exists() and not filecmp.cmp(weights, target, shallow=False):
         msg = (
             f"output must be in a folder without the weights of another model, but {target} differs from {weights}, "
             "and the model looks for its weights by that name; choose an empty folder."
         )
         raise ValueError(msg)
+    return output
 
 
-class _Highest:
-    """The highest scores, as many as may lie above a threshold; in numpy what ``HighestScores`` is in torch.
+def _weights_of(path: Path) -> Path:
+    """The file beside an ONNX model that has its weights, if there is one; its name is in the graph."""
+    return path.with_name(f"{path.name}.data")
 
-    A rate may be that of a share of the scores, of which the others are none of the highest.
-    """
 
-    def __init__(self, rate: float, num_images: int, share: float = 1.0) -> None:
-        self.rate = rate
-        self.share = share
-        self.num_images = num_images
-        self.count = 0
-        self._lowest = math.inf
-        self._kept: NDArray[np.float32] = np.empty(0, np.float32)
-        self._highest_dropped = -math.inf
-
-    def update(self, scores: NDArray[Any]) -> None:
-        """Add the scores of an image or of its pixels."""
-        flat = scores.ravel()
-        if not np.isfinite(flat).all():
-            msg = "A score of a normal image is NaN or infinite, so no threshold can be set: check the exported model."
-            raise ValueError(msg)
-        self.count += flat.size
-        self._lowest = min(self._lowest, float(flat.min()))
-        kept = np.concatenate([self._kept, flat[flat > self._highest_dropped]])
-        capacity = self._allowed(flat.size * self.num_images) + 1
-        if kept.size > capacity:
-            kept = np.partition(kept, kept.size - capacity - 1)
-            self._highest_dropped = float(kept[kept.size - capacity - 1])
-            kept = kept[-capacity:]
-        self._kept = kept
-
-    def scale(self, normalized: bool) -> Scale:
-        """Scale of the scores with the lowest threshold that keeps the rate."""
-        next_highest = np.sort(self._kept)[::-1][self._allowed(self.count) :][:1]
-        threshold = max([self._highest_dropped, *map(float, next_highest)])
-        return Scale.of_normal_scores(self._lowest, threshold, normalized=normalized)
-
-    def _allowed(self, count: int) -> int:
-        return int(Decimal(str(self.rate)) * int(self.share * count))
+def _copy_weights(weights: Path, target: Path) -> None:
+    if not target.exists():
+        temporary = target.with_name(f"{target.name}.part")
+        shutil.copyfile(weights, temporary)
+        temporary.replace(target)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .calibration import find_thresholds, set_thresholds
+from .calibration import check_output, find_thresholds, set_thresholds
 from .grey_levels import add_level_arguments, levels_from
 from .images import find_images
 from .metadata import Thresholds
@@ -47,6 +47,7 @@ def main(args: Sequence[str] | None = None) -> Thresholds:
     """
     options = build_parser().parse_args(args)
     model = ExportedModel(options.model)
+    check_output(options.model, options.output)
     paths = find_images(options.images)
     old = model.thresholds
     new = find_thresholds(model, paths, options.image_fpr, options.pixel_fpr, levels_from(options))

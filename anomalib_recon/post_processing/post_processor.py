@@ -23,16 +23,17 @@ from typing import Any, Literal, cast
 
 import torch
 from anomalib import LearningType
-from anomalib.data import AnomalibDataModule, AnomalibDataset
+from anomalib.data import AnomalibDataset
 from anomalib.models import AnomalibModule
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from anomalib_recon.training import checkpoint_files, normal_images, score_images
+from anomalib_recon.deploy.highest_scores import HighestScores
+from anomalib_recon.layers import check_finite
+from anomalib_recon.training import checkpoint_files, lacks_validation_images, normal_images, score_images
 
-from .highest_scores import HighestScores
 from .region_post_processor import RegionPostProcessor
 
 
@@ -90,6 +91,7 @@ class FalsePositiveRatePostProcessor(RegionPostProcessor):
         top_fraction: float = 0.0,
     ) -> None:
         super().__init__(region, top_fraction, enable_normalization=enable_normalization)
+        check_finite(pixel_fpr=pixel_fpr, image_fpr=image_fpr)
         for name, rate in (("pixel_fpr", pixel_fpr), ("image_fpr", image_fpr)):
             if not 0 <= rate < 1:
                 msg = (
@@ -117,9 +119,8 @@ class FalsePositiveRatePostProcessor(RegionPostProcessor):
         """
         super().setup(trainer, pl_module, stage)
         self._limit_val_batches = trainer.limit_val_batches
-        datamodule = getattr(trainer, "datamodule", None)
-        if stage == "fit" and isinstance(datamodule, AnomalibDataModule) and not hasattr(datamodule, "val_data"):
-            trainer.limit_val_batches = 0  # val_split_mode="none", for which anomalib has no val_dataloader
+        if stage == "fit" and lacks_validation_images(trainer):
+            trainer.limit_val_batches = 0
         learning_type = cast("AnomalibModule", pl_module).learning_type
         if learning_type in {LearningType.ZERO_SHOT, LearningType.FEW_SHOT}:
             msg = (
@@ -194,21 +195,24 @@ class FalsePositiveRatePostProcessor(RegionPostProcessor):
         self, trainer: Trainer, module: AnomalibModule, dataset: AnomalibDataset, place: int | EllipsisType = ...
     ) -> None:
         """Set thresholds and normalisation, or one place in them, from the scores of images."""
-        images = HighestScores(self.image_fpr, len(dataset), module.device)
-        pixels = HighestScores(self.pixel_fpr, len(dataset), module.device)
+        images = HighestScores(self.image_fpr, len(dataset))
+        pixels = HighestScores(self.pixel_fpr, len(dataset))
         for batch in score_images(trainer, module, dataset):
             self.restrict(batch)
             inside = self.inside(batch)
             for scores, new in ((images, inside.pred_score), (pixels, inside.anomaly_map)):
                 if new is not None:
-                    scores.update(new)
+                    scores.update(new.detach().float().cpu().numpy())
         self._set("image", images, self.image_fpr, place)
         self._set("pixel", pixels, self.pixel_fpr, place)
 
     def _set(
         self, kind: Literal["image", "pixel"], scores: HighestScores, rate: float, place: int | EllipsisType
     ) -> None:
-        scores.gather()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            parts: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(parts, scores)
+            scores.merge(parts)
         if scores.count == 0:  # a model without maps
             return
         if 0 < rate * scores.count < 1:

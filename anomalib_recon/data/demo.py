@@ -29,11 +29,10 @@ Notes:
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from anomalib.data import MVTecAD
-from anomalib.data.utils import TestSplitMode, ValSplitMode
 from anomalib.utils.path import resolve_dataset_root
-from torchvision.transforms.v2 import Transform
 
 from . import drawing
 
@@ -57,24 +56,7 @@ class DemoAD(MVTecAD):
             Defaults to ``8``.
         num_workers (int): Number of processes that load pictures.
             Defaults to ``0``.
-        train_augmentations (Transform | None): Augmentations of the training images.
-            Defaults to ``None``.
-        val_augmentations (Transform | None): Augmentations of the validation images.
-            Defaults to ``None``.
-        test_augmentations (Transform | None): Augmentations of the test images.
-            Defaults to ``None``.
-        augmentations (Transform | None): Augmentations where no stage-specific ones are given.
-            Defaults to ``None``.
-        test_split_mode (TestSplitMode | str): How the test set is made.
-            Defaults to ``TestSplitMode.FROM_DIR``.
-        test_split_ratio (float): Share of the data used for testing.
-            Defaults to ``0.2``.
-        val_split_mode (ValSplitMode | str): How the validation set is made.
-            Defaults to ``ValSplitMode.SAME_AS_TEST``.
-        val_split_ratio (float): Share of the data used for validation.
-            Defaults to ``0.5``.
-        seed (int | None): Seed of the random splits, not of the pictures.
-            Defaults to ``None``.
+        **kwargs (Any): The other arguments of ``MVTecAD``; its ``seed`` is that of random splits, not of the pictures.
 
     Raises:
         ValueError: If the category is unknown or ``picture_seed`` is negative.
@@ -88,15 +70,7 @@ class DemoAD(MVTecAD):
         train_batch_size: int = 8,
         eval_batch_size: int = 8,
         num_workers: int = 0,
-        train_augmentations: Transform | None = None,
-        val_augmentations: Transform | None = None,
-        test_augmentations: Transform | None = None,
-        augmentations: Transform | None = None,
-        test_split_mode: TestSplitMode | str = TestSplitMode.FROM_DIR,
-        test_split_ratio: float = 0.2,
-        val_split_mode: ValSplitMode | str = ValSplitMode.SAME_AS_TEST,
-        val_split_ratio: float = 0.5,
-        seed: int | None = None,
+        **kwargs: Any,
     ) -> None:
         if category not in drawing.CATEGORIES:
             msg = f"category={category!r} is not drawn: choose one of {', '.join(drawing.CATEGORIES)}."
@@ -110,15 +84,7 @@ class DemoAD(MVTecAD):
             train_batch_size=train_batch_size,
             eval_batch_size=eval_batch_size,
             num_workers=num_workers,
-            train_augmentations=train_augmentations,
-            val_augmentations=val_augmentations,
-            test_augmentations=test_augmentations,
-            augmentations=augmentations,
-            test_split_mode=test_split_mode,
-            test_split_ratio=test_split_ratio,
-            val_split_mode=val_split_mode,
-            val_split_ratio=val_split_ratio,
-            seed=seed,
+            **kwargs,
         )
         self.picture_seed = picture_seed
 

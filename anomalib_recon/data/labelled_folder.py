@@ -31,15 +31,15 @@ Example:
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from anomalib import TaskType
 from anomalib.data import Folder
-from anomalib.data.utils import LabelName, Split, TestSplitMode, ValSplitMode
+from anomalib.data.utils import LabelName, Split
 from anomalib.data.utils.path import DirType, resolve_path
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.v2 import Transform
 from torchvision.tv_tensors import Mask
 
 from .sample_dataset import SampleDataset
@@ -97,42 +97,8 @@ class LabelledFolder(Folder):
     Args:
         name (str): Name of the dataset, for the results.
         normal_dir (Folders): Folder or folders of normal images.
-        root (str | Path | None): Folder that the others are relative to.
-            Defaults to ``None``.
-        abnormal_dir (Folders | None): Folder or folders of anomalous test images.
-            Defaults to ``None``.
-        normal_test_dir (Folders | None): Folder or folders of normal test images.
-            Defaults to ``None``.
-        mask_dir (Folders | None): Folder or folders of the masks of ``abnormal_dir``.
-            Defaults to ``None``.
-        normal_split_ratio (float): As in ``Folder``.
-            Defaults to ``0.2``.
         extensions (tuple[str, ...] | None): File extensions of images.
             Defaults to ``None``, which means torchvision's.
-        train_batch_size (int): Training batch size.
-            Defaults to ``32``.
-        eval_batch_size (int): Validation and test batch size.
-            Defaults to ``32``.
-        num_workers (int): Number of processes that load images.
-            Defaults to ``8``.
-        train_augmentations (Transform | None): Augmentations of the training images.
-            Defaults to ``None``.
-        val_augmentations (Transform | None): Augmentations of the validation images.
-            Defaults to ``None``.
-        test_augmentations (Transform | None): Augmentations of the test images.
-            Defaults to ``None``.
-        augmentations (Transform | None): Augmentations where no stage-specific ones are given.
-            Defaults to ``None``.
-        test_split_mode (TestSplitMode | str): How the test set is made.
-            Defaults to ``TestSplitMode.FROM_DIR``.
-        test_split_ratio (float): Share of the normal images used for testing if there is no ``normal_test_dir``.
-            Defaults to ``0.2``.
-        val_split_mode (ValSplitMode | str): How the validation set is made.
-            Defaults to ``ValSplitMode.FROM_TEST``.
-        val_split_ratio (float): Share of the data used for validation.
-            Defaults to ``0.5``.
-        seed (int | None): Seed of the random splits and draws.
-            Defaults to ``None``, which is 0 in the draws: a later test must leave out the same defects.
         train_abnormal_dir (Folders | None): Folder or folders of defects to train on; may overlap ``abnormal_dir``.
             Defaults to ``None``.
         train_mask_dir (Folders | None): One folder of masks for each of ``train_abnormal_dir``, in the same order. The
@@ -144,6 +110,8 @@ class LabelledFolder(Folder):
             Defaults to ``None``.
         num_irrelevant (int | None): Number of irrelevant images to draw.
             Defaults to ``None``, which means all.
+        **kwargs (Any): The other arguments of ``Folder``. Draws take its ``seed``, and 0 if that is ``None``, as a
+            later test must leave out the same defects.
 
     Raises:
         ValueError: If a number is less than 1, or an argument lacks the folder that it is about. From ``setup``: if a
@@ -156,29 +124,13 @@ class LabelledFolder(Folder):
         self,
         name: str,
         normal_dir: Folders,
-        root: str | Path | None = None,
-        abnormal_dir: Folders | None = None,
-        normal_test_dir: Folders | None = None,
-        mask_dir: Folders | None = None,
-        normal_split_ratio: float = 0.2,
         extensions: tuple[str, ...] | None = None,
-        train_batch_size: int = 32,
-        eval_batch_size: int = 32,
-        num_workers: int = 8,
-        train_augmentations: Transform | None = None,
-        val_augmentations: Transform | None = None,
-        test_augmentations: Transform | None = None,
-        augmentations: Transform | None = None,
-        test_split_mode: TestSplitMode | str = TestSplitMode.FROM_DIR,
-        test_split_ratio: float = 0.2,
-        val_split_mode: ValSplitMode | str = ValSplitMode.FROM_TEST,
-        val_split_ratio: float = 0.5,
-        seed: int | None = None,
         train_abnormal_dir: Folders | None = None,
         train_mask_dir: Folders | None = None,
         num_train_abnormal: int | None = None,
         irrelevant_dir: Folders | None = None,
         num_irrelevant: int | None = None,
+        **kwargs: Any,
     ) -> None:
         for argument, value, folder_argument, folder in (
             ("train_mask_dir", train_mask_dir, "train_abnormal_dir", train_abnormal_dir),
@@ -191,28 +143,8 @@ class LabelledFolder(Folder):
             if isinstance(value, int) and value < 1:
                 msg = f"{argument}={value} is less than 1: leave it out to train on all images of {folder_argument}."
                 raise ValueError(msg)
-        super().__init__(
-            name=name,
-            normal_dir=normal_dir,
-            root=root,
-            abnormal_dir=abnormal_dir,
-            normal_test_dir=normal_test_dir,
-            mask_dir=mask_dir,
-            normal_split_ratio=normal_split_ratio,
-            extensions=extensions,  # type: ignore[arg-type]  # Folder hands it on as a tuple of any length
-            train_batch_size=train_batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            train_augmentations=train_augmentations,
-            val_augmentations=val_augmentations,
-            test_augmentations=test_augmentations,
-            augmentations=augmentations,
-            test_split_mode=test_split_mode,
-            test_split_ratio=test_split_ratio,
-            val_split_mode=val_split_mode,
-            val_split_ratio=val_split_ratio,
-            seed=seed,
-        )
+        # Folder hands extensions on as a tuple of any length
+        super().__init__(name, normal_dir, extensions=extensions, **kwargs)  # type: ignore[arg-type]
         self.train_abnormal_dir = train_abnormal_dir
         self.train_mask_dir = train_mask_dir
         self.num_train_abnormal = num_train_abnormal

@@ -13,10 +13,10 @@ Example:
 """
 
 from pathlib import Path
+from typing import Any
 
 from anomalib.data import Folder
 from anomalib.data.utils import ValSplitMode
-from torchvision.transforms.v2 import Transform
 
 
 class SeveralCategories(Folder):
@@ -28,59 +28,28 @@ class SeveralCategories(Folder):
     Args:
         root (Path | str): Folder of the categories.
         categories (list[str]): Their names, which are those of their folders.
-        train_batch_size (int): Batch size in training.
-            Defaults to ``32``.
-        eval_batch_size (int): Batch size in validation and test.
-            Defaults to ``32``.
-        num_workers (int): Processes that load images.
-            Defaults to ``8``.
-        train_augmentations (Transform | None): Augmentations of the training images.
-            Defaults to ``None``.
-        val_augmentations (Transform | None): Augmentations of the validation images.
-            Defaults to ``None``.
-        test_augmentations (Transform | None): Augmentations of the test images.
-            Defaults to ``None``.
-        augmentations (Transform | None): Augmentations where no stage-specific ones are given.
-            Defaults to ``None``.
         val_split_mode (ValSplitMode | str): How the validation set is made.
             Defaults to ``ValSplitMode.SAME_AS_TEST``.
-        val_split_ratio (float): Share of the data used for validation.
-            Defaults to ``0.5``.
-        seed (int | None): Seed of the random splits.
-            Defaults to ``None``.
+        **kwargs (Any): The other arguments of ``Folder``.
     """
 
     def __init__(
         self,
         root: Path | str,
         categories: list[str],
-        train_batch_size: int = 32,
-        eval_batch_size: int = 32,
-        num_workers: int = 8,
-        train_augmentations: Transform | None = None,
-        val_augmentations: Transform | None = None,
-        test_augmentations: Transform | None = None,
-        augmentations: Transform | None = None,
         val_split_mode: ValSplitMode | str = ValSplitMode.SAME_AS_TEST,
-        val_split_ratio: float = 0.5,
-        seed: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        root = Path(root).resolve()  # the names of pictures are taken from the files' paths, which are
+        root = Path(root).resolve()  # names of pictures are taken from the paths of files, which are resolved, too
         super().__init__(
             name=root.name,
             root=root,
             normal_dir=[f"{category}/train/good" for category in categories],
             normal_test_dir=[f"{category}/test/good" for category in categories],
-            train_batch_size=train_batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            train_augmentations=train_augmentations,
-            val_augmentations=val_augmentations,
-            test_augmentations=test_augmentations,
-            augmentations=augmentations,
+            abnormal_dir=None,  # both are found by _setup
+            mask_dir=None,
             val_split_mode=val_split_mode,
-            val_split_ratio=val_split_ratio,
-            seed=seed,
+            **kwargs,
         )
         self.categories = categories
 

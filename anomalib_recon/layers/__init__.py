@@ -2,7 +2,15 @@
 
 """Plain torch that several models share: backbones, their dense features, resize and checks of arguments."""
 
-from .arguments import check_dropout, check_finite, check_fraction, check_image_size, check_positive, check_whole
+from .arguments import (
+    check_dropout,
+    check_finite,
+    check_fraction,
+    check_image_size,
+    check_named_once,
+    check_positive,
+    check_whole,
+)
 from .attention import attend, multihead_attention
 from .backbone import BackboneNormalize, FrozenBackbone, create_backbone, stage_strides
 from .covariance import FeatureCovariance
@@ -31,6 +39,7 @@ __all__ = [
     "check_finite",
     "check_fraction",
     "check_image_size",
+    "check_named_once",
     "check_positive",
     "check_whole",
     "create_backbone",

@@ -3,6 +3,7 @@
 """Arguments of models: numbers of the right kind, before their ranges are looked at."""
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -86,6 +87,20 @@ def check_positive(**arguments: float) -> None:
         if value <= 0:
             msg = f"{name} must be positive, got {value}."
             raise ValueError(msg)
+
+
+def check_named_once(layers: Sequence[str]) -> None:
+    """Refuse layers of which one is named twice.
+
+    Args:
+        layers (Sequence[str]): Names of layers of a backbone.
+
+    Raises:
+        ValueError: If a name is there twice.
+    """
+    if len(set(layers)) < len(layers):
+        msg = f"layers must name each layer once, got {', '.join(layers)}."
+        raise ValueError(msg)
 
 
 def check_image_size(images: Tensor, image_size: tuple[int, int]) -> None:

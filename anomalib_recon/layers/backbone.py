@@ -24,6 +24,8 @@ from timm.models import GraphExtractNet, load_state_dict
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .arguments import check_named_once
+
 # side of the image with which the channels of modules are counted
 PROBE_SIZE = 64
 
@@ -57,9 +59,7 @@ class FrozenBackbone(nn.Module):
         super().__init__()
         stages = list(stage_strides(name))
         layers = list(stages if layers is None else layers)
-        if len(set(layers)) < len(layers):
-            msg = f"layers must name each layer once, got {', '.join(layers)}."
-            raise ValueError(msg)
+        check_named_once(layers)
         if layers and set(layers) <= set(stages):
             indices = sorted(stages.index(layer) for layer in layers)
             self.extractor = create_backbone(name, pre_trained, weights, features_only=True, out_indices=indices)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .arguments import check_whole
+from .arguments import check_named_once, check_whole
 from .backbone import BackboneNormalize, FrozenBackbone, create_backbone
 
 # the output of a vision transformer's linear projection, before positions are added
@@ -73,6 +73,7 @@ class VisionTransformerFeatures(nn.Module):
                 f"backbone={name!r}, got {', '.join(unknown or layers) or 'none'}."
             )
             raise ValueError(msg)
+        check_named_once(layers)
         self.grid_size = divide_image(image_size, stride, f"the patch size of backbone={name!r}")
         self.has_embedding = PATCH_EMBEDDING in layers
         self.indices = [index for index, block in enumerate(blocks) if block in layers]

@@ -78,7 +78,7 @@ def test_overrides_are_arguments_of_the_model_and_the_trainer(name: str) -> None
             config = yaml.safe_load(config_path(row.config).read_text(encoding="utf-8"))
             model = getattr(anomalib.models, config["model"]["class_path"].split(".")[-1])
             for argument in table.overrides_of(row, category):
-                part, _, parameter = argument.partition(".")
+                part, parameter, *_ = argument.split(".")
                 assert parameter in inspect.signature({"model": model, "trainer": Trainer}[part]).parameters
 
 

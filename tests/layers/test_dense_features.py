@@ -132,6 +132,7 @@ def test_regional_features_average_the_enlarged_maps() -> None:
         ({"layers": ["blocks.0", "block.1"]}, "layers must be patch_embed or among blocks.0 to .* got block.1"),
         ({"layers": ["patch_embed"]}, "at least one of these, for .* got patch_embed"),
         ({"layers": []}, "got none"),
+        ({"layers": ["blocks.1", "blocks.1"]}, "layers must name each layer once, got blocks.1, blocks.1"),
         ({"name": "resnet18", "layers": ["layer9"]}, "layers must be among .*, or be modules of .*, got layer9"),
         ({"name": "resnet18", "layers": []}, "layers must be among .* got none"),
         ({"image_size": (72, 64)}, "image_size must be a positive multiple of the patch size .* got 72 x 64 and 16"),

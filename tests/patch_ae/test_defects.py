@@ -155,7 +155,7 @@ def test_the_generator_decides(images: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
-        ({"probability": 1.1}, r"defect_probability must be in \[0, 1\], got 1.1"),
+        ({"probability": 1.1}, "defect_probability must be from 0 to 1, got 1.1"),
         ({"kinds": ["hole"]}, "defect_kinds must be some of patch, scar, noise, blob, got hole"),
         ({"kinds": []}, "got none"),
         ({"size_range": (0.0, 0.1)}, "defect_size_range must be two positive numbers"),

@@ -194,6 +194,7 @@ def test_sigma_is_that_of_a_gaussian_on_the_map() -> None:
         ),
         ({"layers": ["layer9"]}, "layers must be among act1, .*layer4, the stages of backbone='resnet18', got layer9"),
         ({"layers": []}, "layers must be among .* got none"),
+        ({"layers": ["layer1", "layer1"]}, "layers must name each layer once, got layer1, layer1"),
         ({"feature_scale": "stages"}, "feature_scale must be 'none', 'stage', 'channel' or 'whiten', got 'stages'"),
         ({"score_by": "error"}, "score_by must be 'features' or 'reconstruction', got 'error'"),
         ({"sigma": -1.0}, "sigma must not be negative, got -1.0"),
@@ -209,14 +210,14 @@ def test_wrong_arguments_are_named(arguments: dict, words: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"alpha": 2.0}, r"alpha must be in \[0, 1\], got 2.0"),
+        ({"alpha": 2.0}, "alpha must be from 0 to 1, got 2.0"),
         ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
         (
             {"backbone_learning_rate": 0.0},
             "backbone_learning_rate must be positive, got 0.0; to keep",
         ),
         ({"coreset_ratio": 0.0}, "coreset_ratio must be above 0 and at most 1, got 0.0"),
-        ({"defect_probability": -1.0}, r"defect_probability must be in \[0, 1\], got -1.0"),
+        ({"defect_probability": -1.0}, "defect_probability must be from 0 to 1, got -1.0"),
         (
             {"pre_processor": PatchAE.configure_pre_processor((32, 32))},
             "image_size must be the size that pre_processor",

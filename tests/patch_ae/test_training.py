@@ -13,6 +13,7 @@ from torch import nn
 
 from anomalib_recon.data import DemoAD
 from anomalib_recon.models import PatchAE
+from anomalib_recon.models.patch_ae import lightning_model
 from anomalib_recon.post_processing import FalsePositiveRatePostProcessor
 from tests.conftest import images_in
 
@@ -218,6 +219,16 @@ def test_scores_by_reconstruction_need_no_bank(stripes: Path, tmp_path: Path) ->
     train(stripes, tmp_path, model=model, max_epochs=1)
     assert len(model.model.bank.vectors) == 0
     assert bool(model.post_processor.image_threshold.isfinite())
+
+
+def test_a_bank_that_takes_long_is_told_before_training(
+    stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lightning_model, "MANY_DISTANCES", 10_000)
+    for candidates, told in ((None, True), (100, False)):
+        caplog.clear()
+        train(stripes, tmp_path, model=PatchAE(**{**SMALL, "coreset_candidates": candidates}), max_epochs=1)
+        assert any("lower coreset_ratio" in message for message in caplog.messages) == told
 
 
 def test_a_bank_that_would_be_empty_is_refused_before_training(stripes: Path, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def log_one_minus_exp(values: Tensor) -> Tensor:
         values (Tensor): x, of any shape, not negative; below ``MIN_DIFFERENCE`` the result stays the same.
 
     Returns:
-        Tensor: Values of the same shape, negative and finite.
+        Tensor: Values of the same shape, not positive, and finite.
     """
     border = math.log(2)
     near = (-torch.expm1(-values.clamp(MIN_DIFFERENCE, border))).log()

@@ -90,15 +90,17 @@ class ADTRModel(Tiling, nn.Module):
         top_fraction (float): Share of the averaged map, from the highest value down, whose mean is the image's score;
             at 0 the score is the maximum.
             Defaults to ``0.0``.
-        feature_scale (ScaleBy): Bring features to one scale: that of each stage
-            or channel, or of all principal components.
+        feature_scale (ScaleBy): Bring features to one scale: that of each stage or channel, or of all principal
+            components.
             Defaults to ``"none"``.
-        distance (Distance): Length of a difference of features: its L2 norm (eq. 3), or in units
-            of the residuals of normal images at that place, which are taken when training ends.
+        distance (Distance): Length of a difference of features: its L2 norm (eq. 3), or in units of the residuals of
+            normal images at that place, which are taken when training ends.
             Defaults to ``"norm"``.
 
     Raises:
         ValueError: If an argument is out of its range or does not fit another.
+        FileNotFoundError: If ``backbone_weights`` is not a file.
+        ConnectionError: If the backbone's weights can be had neither from the local cache nor from the network.
     """
 
     def __init__(
@@ -138,27 +140,26 @@ class ADTRModel(Tiling, nn.Module):
         _check_arguments(image_size, embed_dim, num_heads, dropout, query, attention, pool_size)
         self.image_size = image_size
         self.feature_size = find_feature_size(backbone, image_size, feature_size)
+        self.patch_grid = divide_feature_map(self.feature_size, patch_size)
+        self.num_tokens = math.prod(self.patch_grid)
+        _check_hole(hole_size, self.patch_grid, query, attention)
         self.backbone = FrozenBackbone(backbone, layers, pre_trained, backbone_weights)
         self.resize = AntialiasResize(self.feature_size)
         self.scale = FeatureScale(self.backbone.num_channels, feature_scale)
         num_channels = sum(self.backbone.num_channels)
-        self.patch_grid = divide_feature_map(self.feature_size, patch_size)
-        self.num_tokens = math.prod(self.patch_grid)
+        self_attention = "alone" if hole_size else attention
 
         self.reduce = nn.Conv2d(num_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
         self.position_embedding = nn.Parameter(torch.empty(1, self.num_tokens, embed_dim))
         self.encoder = nn.ModuleList(
-            EncoderLayer(embed_dim, num_heads, mlp_dim, dropout, "alone" if hole_size else attention)
-            for _ in range(depth)
+            EncoderLayer(embed_dim, num_heads, mlp_dim, dropout, self_attention) for _ in range(depth)
         )
         self.query = nn.Parameter(torch.empty(1, self.num_tokens, embed_dim)) if query == "learned" else None
         self.decoder = nn.ModuleList(
-            DecoderLayer(embed_dim, num_heads, mlp_dim, dropout, "alone" if hole_size else attention, attention)
-            for _ in range(depth)
+            DecoderLayer(embed_dim, num_heads, mlp_dim, dropout, self_attention, attention) for _ in range(depth)
         )
         self.recover = nn.Conv2d(embed_dim, num_channels * patch_size**2, kernel_size=1)
         self.shuffle = nn.PixelShuffle(patch_size)
-        _check_hole(hole_size, self.patch_grid, query, attention)
         # otherwise what is in the hole would come in by way of other tokens, which self-attentions therefore do not see
         hole_bias = _hole_bias(self.patch_grid, hole_size, num_heads) if hole_size else None
         self.register_buffer("hole_bias", hole_bias, persistent=False)

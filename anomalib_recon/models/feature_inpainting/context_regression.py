@@ -74,7 +74,7 @@ class ContextRegression(nn.Module):
     def fit(self, features: Iterable[Tensor]) -> None:
         """Solve both regressions.
 
-        Two matrices of n x n numbers in double precision are on the CPU, with n = c * (k^2 - hole_size^2).
+        Three matrices of n x n numbers in double precision are on the CPU, with n = c * (k^2 - hole_size^2).
 
         Args:
             features (Iterable[Tensor]): Centred features of normal images in batches of shape ``(b, C, h, w)``.
@@ -134,7 +134,8 @@ class NormalEquations:
             ridge (float): Number that is added to the variance, 1, of each input.
         """
         scale = (self.inputs.diagonal() / self.count).clamp(min=1e-12).rsqrt()
-        inputs = self.inputs / self.count * scale[:, None] * scale
+        inputs = self.inputs / self.count
+        inputs.mul_(scale[:, None]).mul_(scale)
         inputs.diagonal().add_(ridge)
         products = self.products / self.count * scale[:, None]
         return torch.cholesky_solve(products, torch.linalg.cholesky(inputs)) * scale[:, None]

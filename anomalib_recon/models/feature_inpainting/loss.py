@@ -8,7 +8,7 @@ from torch.nn import functional
 
 
 class ResidualLoss(nn.Module):
-    """Mean square of the residual: 1 if nothing is predicted, as features are whitened."""
+    """Mean square of the residual; somewhat below 1 if nothing is predicted, as features are whitened."""
 
     def forward(self, features: Tensor, reconstruction: Tensor) -> Tensor:
         """Compare whitened features of shape ``(B, C, h, w)`` with their prediction; the result is a scalar."""

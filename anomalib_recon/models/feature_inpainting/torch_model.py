@@ -79,6 +79,8 @@ class FeatureInpaintingModel(Tiling, nn.Module):
 
     Raises:
         ValueError: If an argument is out of its range or does not fit another.
+        FileNotFoundError: If ``backbone_weights`` is not a file.
+        ConnectionError: If the backbone's weights can be had neither from the local cache nor from the network.
     """
 
     place_mean: Tensor
@@ -127,7 +129,7 @@ class FeatureInpaintingModel(Tiling, nn.Module):
         return self.untile(self.compare(features, self.reconstruct(features)))
 
     def embed(self, images: Tensor) -> Tensor:
-        """Compute features, whitened: principal components of unit variance, the largest first.
+        """Compute features, whitened: principal components of about unit variance, the largest first.
 
         Args:
             images (Tensor): Images of shape ``(B, 3, H, W)`` with values in [0, 1].

@@ -72,15 +72,12 @@ class InTraLoss(nn.Module):
         # variances of SSIM are differences of nearly equal numbers: not for half precision
         with torch.autocast(inpainted.device.type, enabled=False):
             inpainted, patches = inpainted.float(), patches.float()
-            similarity = self._structural_similarity(inpainted, patches)
-            return (
-                functional.mse_loss(inpainted, patches)
-                + self.gms_weight * (1 - gradient_magnitude_similarity(inpainted, patches)).mean()
-                + self.ssim_weight * (1 - similarity).mean()
-            )
-
-    def _structural_similarity(self, inpainted: Tensor, patches: Tensor) -> Tensor:
-        if not self.ssim_weight:  # for SSIM takes longer than a small network
-            return torch.ones(())
-        _, similarity = structural_similarity_index_measure(inpainted, patches, data_range=1.0, return_full_image=True)
-        return similarity
+            loss = functional.mse_loss(inpainted, patches)
+            if self.gms_weight:
+                loss = loss + self.gms_weight * (1 - gradient_magnitude_similarity(inpainted, patches)).mean()
+            if self.ssim_weight:  # it takes longer than a small network
+                _, similarity = structural_similarity_index_measure(
+                    inpainted, patches, data_range=1.0, return_full_image=True
+                )
+                loss = loss + self.ssim_weight * (1 - similarity).mean()
+            return loss

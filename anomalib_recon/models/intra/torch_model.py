@@ -63,8 +63,8 @@ class InTraModel(Tiling, nn.Module):
         windows_per_chunk (int): Windows that are inpainted at a time by :meth:`reconstruct`. Bounds its memory, changes
             nothing else. An exported model takes as many windows of each image of the batch.
         covered_per_window (int): Patches c that :meth:`reconstruct` covers in a window, far apart, and paints at a
-            time: 1 (exact), or the square of a whole number up to L / 2, which takes about as many times fewer windows
-            and needs ``readout="token"``.
+            time: 1, as in the paper, or the square of a whole number up to L / 2, which takes fewer windows and needs
+            ``readout="token"``.
         in_channels (int): Channels C of the images. With 1, images of three channels are taken, too, as the mean of
             their channels.
         distance (Literal["gms", "mahalanobis"]): Compare the gradients of images and paintings (section 3.5), or
@@ -250,14 +250,14 @@ class InTraModel(Tiling, nn.Module):
                 early.append(sequence)
         if self.readout == "mean":
             sequence = sequence.mean(dim=1, keepdim=True)
-        return self.output(self.head(sequence))
+        return self.output(self.head(sequence).float())  # a sigmoid in bfloat16 is coarser than 8-bit images
 
     @staticmethod
     def _mask(is_covered: Tensor) -> Tensor:
         """Which tokens attend to which, ``(n, T) -> (n, 1, T, T)``.
 
-        Of several covered tokens, each is seen by itself alone, so that a patch is painted as if the others were not
-        there.
+        Of several covered tokens, each is seen by itself alone, so that a patch does not depend on how many others are
+        covered. A single one is seen by all, as in the paper.
         """
         is_self = torch.eye(is_covered.shape[1], dtype=torch.bool, device=is_covered.device)
         return is_self | ~is_covered[:, None, None]

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from anomalib_recon.layers import check_fraction
+
 NUM_CHANNELS = 3
 KINDS = ("patch", "scar", "noise", "blob")
 # length by breadth of a scar; CutPaste's are 10 to 25 pixels long and 2 to 16 wide
@@ -73,9 +75,7 @@ class ArtificialDefects(nn.Module):
         position_range: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         super().__init__()
-        if not 0 <= probability <= 1:
-            msg = f"defect_probability must be in [0, 1], got {probability}."
-            raise ValueError(msg)
+        check_fraction(defect_probability=probability)
         if not kinds or not set(kinds) <= set(KINDS):
             msg = f"defect_kinds must be some of {', '.join(KINDS)}, got {', '.join(kinds) or 'none'}."
             raise ValueError(msg)

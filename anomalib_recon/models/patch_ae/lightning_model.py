@@ -16,6 +16,7 @@ See Also:
     :class:`anomalib_recon.models.patch_ae.torch_model.PatchAEModel`: the network, usable alone.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -40,6 +41,11 @@ from .defects import KINDS, ArtificialDefects
 from .loss import HybridLoss
 from .normal_bank import draw_vectors, select_coreset, stack_parts
 from .torch_model import PatchAEModel
+
+logger = logging.getLogger(__name__)
+
+# distances computed to select the bank, above which a warning is logged: they take many minutes on a CPU
+MANY_DISTANCES = 10**10
 
 
 class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_onnx as anomalib's
@@ -166,7 +172,7 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
         visualizer: Visualizer | bool = True,
     ) -> None:
         super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
-        check_finite(coreset_ratio=coreset_ratio, alpha=alpha, backbone_learning_rate=backbone_learning_rate)
+        check_finite(coreset_ratio=coreset_ratio, backbone_learning_rate=backbone_learning_rate)
         check_positive(learning_rate=learning_rate)
         if backbone_learning_rate <= 0:
             msg = (
@@ -231,19 +237,26 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
         self.model.scale.fit(features)
 
     def on_train_start(self) -> None:
-        """Tell before the training that the bank would be empty after it.
+        """Tell before the training that the bank would be empty after it, or take long to select.
 
         Raises:
-            ValueError: If it would.
+            ValueError: If it would be empty.
         """
         if self.model.score_by == "reconstruction":
             return
         num_images = len(self.training_images())
         num_patches = self.model.num_patches
         num_candidates = num_images * min(num_patches, self._candidates_per_image(num_images) or num_patches)
-        if int(self.coreset_ratio * num_candidates) == 0:
+        num_selected = int(self.coreset_ratio * num_candidates)
+        if num_selected == 0:
             msg = f"coreset_ratio={self.coreset_ratio} leaves none of the {num_candidates} normal features; raise it."
             raise ValueError(msg)
+        if self.coreset_ratio < 1 and num_selected * num_candidates > MANY_DISTANCES:
+            logger.warning(
+                "When training ends, %d of %d vectors are selected for the bank, by as many passes over all of them; "
+                "to take less time, lower coreset_ratio (%g) or pass coreset_candidates.",
+                num_selected, num_candidates, self.coreset_ratio,
+            )  # fmt: skip
 
     def on_train_epoch_start(self) -> None:
         """Forget the bank of other weights, which a checkpoint or an earlier training has left."""

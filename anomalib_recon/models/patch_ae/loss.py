@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from anomalib_recon.layers import check_fraction
+
 # Added to the variance of a patch, the square of 2.5 grey levels of 255: the noise of a flat patch, which no vector can
 # reproduce, is not blown up to the contrast of a structure. (MAE adds 1e-6.)
 FLAT_VARIANCE = 1e-4
@@ -34,9 +36,7 @@ class HybridLoss(nn.Module):
 
     def __init__(self, alpha: float, patch_size: int) -> None:
         super().__init__()
-        if not 0 <= alpha <= 1:
-            msg = f"alpha must be in [0, 1], got {alpha}."
-            raise ValueError(msg)
+        check_fraction(alpha=alpha)
         self.alpha = alpha
         self.patch_size = patch_size
 

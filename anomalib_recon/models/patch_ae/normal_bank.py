@@ -20,6 +20,9 @@ from torch import Tensor
 # torch has no other loop that its ONNX exporter knows
 from torch._higher_order_ops import scan
 from torch.nn import functional
+from tqdm.auto import tqdm
+
+from anomalib_recon.layers import check_whole
 
 
 class NormalBank(DynamicBufferMixin):
@@ -41,9 +44,7 @@ class NormalBank(DynamicBufferMixin):
 
     def __init__(self, vectors_per_chunk: int) -> None:
         super().__init__()
-        if vectors_per_chunk < 1:
-            msg = f"vectors_per_chunk must be at least 1, got {vectors_per_chunk}."
-            raise ValueError(msg)
+        check_whole(vectors_per_chunk=vectors_per_chunk)
         self.vectors_per_chunk = vectors_per_chunk
         self.register_buffer("vectors", torch.empty(0, 0))
 
@@ -169,7 +170,7 @@ def select_coreset(vectors: Tensor, ratio: float) -> Tensor:
     closest = torch.full_like(squares, torch.inf)  # squared distance to the nearest selected vector
     # in place: new tensors of each step, with small ones kept between them, would take gigabytes
     distances = torch.empty_like(squares)
-    for step in range(len(selected)):
+    for step in tqdm(range(len(selected)), "Coreset", delay=10, leave=False):
         selected[step] = index
         torch.addmv(squares, vectors, vectors[index], alpha=-2, out=distances).add_(squares[index])
         torch.minimum(closest, distances, out=closest)

@@ -33,6 +33,7 @@ from anomalib_recon.layers import (
     TopMean,
     Whitening,
     check_image_size,
+    check_named_once,
     check_whole,
     create_backbone,
     stage_strides,
@@ -93,6 +94,8 @@ class PatchAEModel(Tiling, nn.Module):
 
     Raises:
         ValueError: If an argument is out of its range or does not fit another.
+        FileNotFoundError: If ``backbone_weights`` is not a file.
+        ConnectionError: If the backbone's weights can be had neither from the local cache nor from the network.
     """
 
     def __init__(
@@ -113,9 +116,7 @@ class PatchAEModel(Tiling, nn.Module):
         vectors_per_chunk: int = 4096,
     ) -> None:
         super().__init__()
-        check_whole(
-            patch_size=patch_size, embed_dim=1 if embed_dim is None else embed_dim, vectors_per_chunk=vectors_per_chunk
-        )
+        check_whole(patch_size=patch_size, embed_dim=1 if embed_dim is None else embed_dim)
         stages = _find_stages(backbone, layers)
         _check_arguments(image_size, patch_size, trained_stages, len(stages), score_by)
         self.image_size = image_size
@@ -254,6 +255,7 @@ def _find_stages(backbone: str, layers: Sequence[str] | None) -> tuple[int, ...]
             f"{', '.join(unknown) or 'none'}."
         )
         raise ValueError(msg)
+    check_named_once(chosen)
     return tuple(index for index, name in enumerate(names) if name in chosen)
 
 

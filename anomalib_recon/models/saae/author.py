@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from anomalib_recon.layers import attend
+from anomalib_recon.layers import attend, divide_feature_map
 
 HEAD_DIM = 64
 
@@ -98,7 +98,7 @@ class AuthorTransformer(nn.Module):
         self, latent_dim: int, grid_size: tuple[int, int], patch_size: int, num_heads: int, depth: int, mlp_dim: int
     ) -> None:
         super().__init__()
-        self.patch_grid = (grid_size[0] // patch_size, grid_size[1] // patch_size)
+        self.patch_grid = divide_feature_map(grid_size, patch_size)
         num_patches = math.prod(self.patch_grid)
         self.patch_embedding = nn.Conv2d(latent_dim, latent_dim, kernel_size=patch_size, stride=patch_size)
         self.position_embedding = nn.Parameter(torch.randn(1, num_patches, latent_dim))

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from anomalib_recon.layers import multihead_attention
+from anomalib_recon.layers import divide_feature_map, multihead_attention
 
 from .author import AuthorTransformer
 
@@ -63,7 +63,7 @@ class LatentTransformer(nn.Module):
         super().__init__()
         # E: the paper's feed-forward networks have V inputs, which the heads may not divide
         embed_dim = math.ceil(latent_dim / num_heads) * num_heads
-        self.patch_grid = (grid_size[0] // patch_size, grid_size[1] // patch_size)
+        self.patch_grid = divide_feature_map(grid_size, patch_size)
         # a stride of the kernel's size makes it the linear projection of the flattened patches
         self.patch_embedding = nn.Conv2d(latent_dim, embed_dim, kernel_size=patch_size, stride=patch_size)
         self.position_embedding = nn.Parameter(torch.empty(1, math.prod(self.patch_grid), embed_dim))

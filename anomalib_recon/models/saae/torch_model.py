@@ -99,6 +99,8 @@ class SAAEModel(Tiling, nn.Module):
 
     Raises:
         ValueError: If an argument is out of its range or does not fit another.
+        FileNotFoundError: If ``backbone_weights`` is not a file.
+        ConnectionError: If the backbone's weights can be had neither from the local cache nor from the network.
     """
 
     def __init__(

@@ -31,6 +31,7 @@ from anomalib_recon.deploy import ExportedModel, GreyLevels, find_images, read_i
 from anomalib_recon.deploy.grey_levels import add_level_arguments, levels_from
 from anomalib_recon.post_processing import RawScoreExport
 from anomalib_recon.pre_processing import ExactResizePreProcessor
+from anomalib_recon.training import load_checkpoint
 
 Predictions = dict[Path, Mapping[str, NDArray[Any]]]
 SCORES = {"pred_score": "pred_label", "anomaly_map": "pred_mask"}
@@ -75,6 +76,7 @@ def load_model(name: str, checkpoint: Path, exact_resize: bool = False) -> Anoma
     if not checkpoint.is_file():
         msg = f"ckpt must be a checkpoint, got {checkpoint}, which is no file."
         raise ValueError(msg)
+    load_checkpoint(checkpoint, "ckpt", model_class)  # says so if it is none, or damaged
     if not issubclass(model_class, RawScoreExport):
         # a name of its own: the command line finds classes by their names, and would find two
         model_class = type(f"RawScore{name}", (RawScoreExport, model_class), {})
@@ -201,8 +203,9 @@ def main(args: Sequence[str] | None = None) -> int:
     levels = levels_from(options) or getattr(model, "grey_levels", None)
     with tempfile.TemporaryDirectory() as folder:
         paths = options.exports or export(model, Path(folder))
+        exports = [ExportedModel(path) for path in paths]
         expected = predict(model, options.data, levels)
-        differences = [find_difference(expected, ExportedModel(path), levels) for path in paths]
+        differences = [find_difference(expected, exported, levels) for exported in exports]
     rows = [
         {
             "export": "OpenVINO" if path.suffix == ".xml" else "ONNX",

@@ -15,6 +15,7 @@ from anomalib.models import AnomalibModule
 from huggingface_hub import snapshot_download
 
 from anomalib_recon import models
+from anomalib_recon.training import load_checkpoint
 
 CHECKPOINT, CONFIG = "model.ckpt", "config.json"
 
@@ -58,11 +59,12 @@ def load_model(name: str, checkpoint: Path) -> AnomalibModule:
         AnomalibModule: The model in evaluation mode.
 
     Raises:
-        ValueError: If this package has no such model.
+        ValueError: If this package has no such model, or the file is no checkpoint.
     """
     if name not in models.__all__:
         msg = f"model must be one of {', '.join(models.__all__)}, got {name!r}."
         raise ValueError(msg)
+    load_checkpoint(checkpoint, "ckpt")  # says so if it is none, or damaged
     return getattr(models, name).load_from_checkpoint(checkpoint, map_location="cpu").eval()
 
 

@@ -295,6 +295,9 @@ def test_levels_of_a_training_are_those_of_its_use(model: InTra, root: Path, tmp
         engine.predict(model, dataset=DeepGreyPredictDataset(root / "hole"))
     with pytest.raises(ValueError, match=words):
         engine.fit(InTra(**SMALL), datamodule=whole_range, ckpt_path=run.checkpoint)
+    Image.new("L", (64, 64), 100).save(tmp_path / "grey.png")
+    with pytest.raises(ValueError, match=r"was trained on images of black_level=29990 .* read these by DeepGreyFolder"):
+        engine.predict(model, dataset=PredictDataset(tmp_path / "grey.png"))
 
 
 def test_predictions_on_the_command_line_are_those_of_a_test(root: Path, run: Run, tmp_path: Path) -> None:

@@ -63,5 +63,9 @@ def test_what_cannot_be_loaded_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "config.json").write_text(json.dumps({"model": "Padim"}))
     with pytest.raises(ValueError, match=r"^model must be one of ADTR, .* got 'Padim'"):
         load_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model": "SAAE"}))
+    (tmp_path / "model.ckpt").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match=r"^ckpt=.*model\.ckpt"):
+        load_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"^ckpt=.*gone is no file"):
         publish("SAAE", str(tmp_path / "gone"), tmp_path / "mesh")

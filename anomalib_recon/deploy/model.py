@@ -18,6 +18,8 @@ from .metadata import RAW_MAP, RAW_SCORE, REGION_SHARE, Thresholds
 Outputs = dict[str, NDArray[Any]]
 # some CPUs would otherwise compute in bfloat16, which moves the scores
 FP32 = {"INFERENCE_PRECISION_HINT": "f32"}
+# by how much an image that was resized may leave [0, 1]
+TOLERANCE = 0.01
 
 
 class _Graph(NamedTuple):
@@ -39,7 +41,7 @@ class ExportedModel:
         config (Mapping[str, Any] | None): Properties of OpenVINO. Defaults to ``None``, which means arithmetic in fp32.
 
     Raises:
-        ValueError: If the file has another ending.
+        ValueError: If the file has another ending, or does not exist.
 
     Example:
         >>> from anomalib_recon.deploy import ExportedModel, read_image
@@ -49,13 +51,17 @@ class ExportedModel:
 
     def __init__(self, path: str | Path, device: str = "CPU", config: Mapping[str, Any] | None = None) -> None:
         path = Path(path)
-        if path.suffix == ".xml":
-            self._graph = _open_openvino(path, device, dict(FP32 if config is None else config))
-        elif path.suffix == ".onnx":
-            self._graph = _open_onnx(path)
-        else:
+        if path.suffix not in {".xml", ".onnx"}:
             msg = f"path must end in .xml or .onnx, got {path}; export the model to OpenVINO or ONNX."
             raise ValueError(msg)
+        for file in (path, path.with_suffix(".bin")) if path.suffix == ".xml" else (path,):
+            if not file.is_file():
+                msg = f"path must be an exported model, got {path}, but {file} is no file."
+                raise ValueError(msg)
+        if path.suffix == ".xml":
+            self._graph = _open_openvino(path, device, dict(FP32 if config is None else config))
+        else:
+            self._graph = _open_onnx(path)
 
     @property
     def batch_size(self) -> int | None:
@@ -98,11 +104,9 @@ class ExportedModel:
                 ``raw_map``, each with B rows, as far as the model has them.
 
         Raises:
-            ValueError: If the images are whole numbers.
+            ValueError: If the images have another shape, or values out of their range.
         """
-        if not np.issubdtype(images.dtype, np.floating):
-            msg = f"images must be floating-point numbers in [0, 1], got {images.dtype}; divide 8-bit values by 255."
-            raise ValueError(msg)
+        _check_images(images)
         images = images.astype(np.float32, copy=False)
         if self.image_size:
             images = resize(images, self.image_size)
@@ -116,6 +120,20 @@ class ExportedModel:
         count = len(images)
         padded = np.concatenate([images, np.repeat(images[-1:], batch_size - count, axis=0)])
         return {name: value[:count] for name, value in self._graph.run(padded).items()}
+
+
+def _check_images(images: NDArray[Any]) -> None:
+    if images.ndim != 4 or images.shape[1] != 3:
+        msg = f"images must have the shape (B, 3, H, W), got {images.shape}."
+        raise ValueError(msg)
+    if not np.issubdtype(images.dtype, np.floating):
+        msg = f"images must be floating-point numbers in [0, 1], got {images.dtype}; divide 8-bit values by 255."
+        raise ValueError(msg)
+    if images.size and not (images.min() >= -TOLERANCE and images.max() <= 1 + TOLERANCE):  # nor NaN
+        msg = (
+            f"images must have values in [0, 1], got {images.min():g} to {images.max():g}; divide 8-bit values by 255."
+        )
+        raise ValueError(msg)
 
 
 def _open_openvino(path: Path, device: str, config: dict[str, Any]) -> _Graph:

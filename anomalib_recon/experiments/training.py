@@ -76,6 +76,25 @@ class Trained:
     seconds: float
 
 
+def parse(arguments: Sequence[str], folder: Path) -> AnomalibCLI:
+    """Parse the arguments of a training, and build what it needs.
+
+    Args:
+        arguments (Sequence[str]): Arguments of ``anomalib train`` for model, data and trainer.
+        folder (Path): Folder of this training alone.
+
+    Returns:
+        AnomalibCLI: Engine, model and datamodule.
+
+    Raises:
+        SystemExit: If an argument is unknown.
+        ValueError: If a value does not fit.
+    """
+    timer = f"--trainer.callbacks+={TrainingTime.__module__}.{TrainingTime.__qualname__}"
+    one_device = "--trainer.devices=1"  # several would multiply the batch size
+    return AnomalibCLI(["train", one_device, *arguments, timer, "--default_root_dir", str(folder)], run=False)
+
+
 def train(
     arguments: Sequence[str], folder: Path, seed: int, prepare: Callable[[AnomalibCLI], None] | None = None
 ) -> Trained:
@@ -92,9 +111,7 @@ def train(
         Trained: The model, ready to be tested.
     """
     seed_everything(seed)  # `anomalib train` does not, whatever its argument of that name says
-    timer = f"--trainer.callbacks+={TrainingTime.__module__}.{TrainingTime.__qualname__}"
-    one_device = "--trainer.devices=1"  # several would multiply the batch size
-    cli = AnomalibCLI(["train", one_device, *arguments, timer, "--default_root_dir", str(folder)], run=False)
+    cli = parse(arguments, folder)
     if prepare:
         prepare(cli)
     checkpoint = max(folder.rglob("*.ckpt"), key=os.path.getmtime, default=None)

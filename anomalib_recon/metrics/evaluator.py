@@ -97,9 +97,14 @@ class RawScoreEvaluator(Evaluator):
         """Put the score metrics before the post-processor.
 
         Raises:
-            ValueError: If the post-processor has a region, and a metric needs whole maps.
+            ValueError: If the post-processor has a region, and a metric needs whole maps, or an image is not of one
+                product.
         """
         super().setup(trainer, pl_module, stage)
+        datamodule = getattr(trainer, "datamodule", None)
+        for name in ("val_data", "test_data") if self.products and stage in {"fit", "validate", "test"} else ():
+            if isinstance(dataset := getattr(datamodule, name, None), AnomalibDataset):
+                find_products(dataset.samples.image_path, self.products)
         if _region_of(pl_module) is not None:
             _refuse_whole_maps([*self.val_metrics, *self.test_metrics])
         if stage == "test":

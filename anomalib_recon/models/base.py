@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from anomalib import LearningType
-from anomalib.data import AnomalibDataset, Batch, InferenceBatch
+from anomalib.data import AnomalibDataModule, AnomalibDataset, Batch, InferenceBatch
 from anomalib.data.utils import LabelName
 from anomalib.data.utils.tiler import Tiler
 from anomalib.metrics import Evaluator
@@ -49,7 +49,6 @@ from anomalib_recon.training import (
     ReadableImages,
     evaluation,
     normal_images,
-    refuse_other_networks,
 )
 from anomalib_recon.visualization import ReconstructionVisualizer
 
@@ -97,6 +96,7 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
         feature_cache (FeatureCache | None): Keeps what ``training_inputs`` makes of images that stay the same.
         needs_datamodule (bool): Whether ``start`` or ``finish`` need the normal training images, of whatever arguments
             the model has.
+        loads_start (bool): Whether ``initialize`` loads weights that training starts from.
         grey_levels (GreyLevels | None): Levels of the images that the model was trained on, if these have more than 8
             bits of grey.
     """
@@ -108,6 +108,7 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
     defaulted_arguments: ClassVar[tuple[str, ...]] = ()
     feature_cache: FeatureCache | None = None
     needs_datamodule: bool = False
+    loads_start: bool = False
     model: Any
 
     # --- construction
@@ -282,13 +283,8 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
             )
             raise ValueError(msg)
 
-    def initialize(self) -> bool:
-        """Load weights that training starts from; called at its start, if there is a cache and none is resumed.
-
-        Returns:
-            bool: Whether it did, so that features are to be computed by them.
-        """
-        return False
+    def initialize(self) -> None:
+        """Load weights that training starts from; called at its start, if it has some and none is resumed."""
 
     def start_features(self, batch: Batch) -> Tensor:
         """Compute what :meth:`start` needs of a batch of pre-processed images; by default ``embed`` does."""
@@ -303,7 +299,7 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
         """
 
     def targets(self, features: Tensor) -> Tensor:
-        """Turn what :meth:`start_features` computes into what is rebuilt; by default it is that."""
+        """Turn what :meth:`start_features` computes into what is rebuilt, of the same shape; by default it is that."""
         return features
 
     def training_images(self) -> AnomalibDataset:
@@ -320,9 +316,8 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
         Yields:
             Tensor: Residuals of shape ``(b, ...)``.
         """
-        for features in cast("FeatureCache", self.feature_cache).normal_features(self.trainer, self):
+        for target in cast("FeatureCache", self.feature_cache).normal_targets(self.trainer, self):
             with evaluation(self):
-                target = self.targets(features)
                 residual = target - self.model.reconstruct(target)
             yield residual
 
@@ -353,8 +348,8 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
         if isinstance(batch, FeatureBatch):
             target, *others = cast("FeatureCache", self.feature_cache).read(batch)
         else:
-            target, *others = self.training_inputs(batch)
-        target = self.targets(target)
+            features, *others = self.training_inputs(batch)
+            target = self.targets(features)
         loss = self.loss(target, self.model.reconstruct(target), *others)
         self.log("train_loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(target))
         return loss
@@ -466,9 +461,12 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
             self.model.tiler = Tiler(**checkpoint[TILER])
         if GREY_LEVELS in checkpoint:
             self.grey_levels = GreyLevels(**checkpoint[GREY_LEVELS])
+        datamodule = getattr(self._trainer, "datamodule", None)
+        if isinstance(datamodule, AnomalibDataModule):
+            datamodule._update_augmentations()  # it has taken the resize of the pre-processor before the checkpoint's
 
     def refuse_other_networks(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another network.
+        """Refuse a checkpoint of another model, or of a network that was built with other arguments.
 
         Args:
             checkpoint (dict[str, Any]): The checkpoint.
@@ -476,12 +474,28 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
         Raises:
             ValueError: If it is.
         """
-        arguments = {**self.added_arguments, **checkpoint.get("hyper_parameters", {})}
-        given = {name for name in self.defaulted_arguments if name in arguments}
-        defaulted = {name for name in given if arguments[name] is None or self.hparams[name] is None}
+        model, built = type(self).__name__, self.hparams
+        saved = {**self.added_arguments, **checkpoint.get("hyper_parameters", {})}
+        given = {name for name in self.defaulted_arguments if name in saved}
+        defaulted = {name for name in given if saved[name] is None or built[name] is None}
         free = {"pre_trained", "backbone_weights", *self.free_arguments, *defaulted}
         names = [name for name in _arguments_of(self.network) if name not in free]
-        refuse_other_networks({"hyper_parameters": arguments}, type(self).__name__, self.hparams, names)
+        if not saved.keys() >= set(names):
+            msg = f"The checkpoint is not one of {model}, or of a version without some of its arguments; train anew."
+            raise ValueError(msg)
+        different = [name for name in names if _plain(saved[name]) != _plain(built[name])]
+        if different:
+            needed = ", ".join(f"{name}={saved[name]} (not {built[name]})" for name in different)
+            msg = (
+                f"The checkpoint needs a model with {needed}; pass these arguments, on the command line as in "
+                f"--model.{different[0]}, or use {model}.load_from_checkpoint."
+            )
+            raise ValueError(msg)
+
+
+def _plain(value: Any) -> Any:
+    """A sequence as a list: a checkpoint may turn tuples into lists."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _resized(pre_processor: Any) -> tuple[int, int]:

@@ -11,6 +11,7 @@ Example:
 """
 
 import math
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,10 +67,19 @@ class RawScoreExport:
         Returns:
             Path: The exported file.
         """
-        with _exported_post_processor(self):
-            path = super().to_onnx(export_root, model_file_name, input_size, **kwargs)  # type: ignore[misc]
-        _complete_onnx(path, _metadata(self), find_thresholds(self.post_processor))
-        return path
+        root = Path(export_root)
+        root.mkdir(parents=True, exist_ok=True)
+        # elsewhere until it is complete: without its thresholds, it would call everything normal
+        with tempfile.TemporaryDirectory(dir=root) as folder:
+            with _exported_post_processor(self):
+                path = super().to_onnx(folder, model_file_name, input_size, **kwargs)  # type: ignore[misc]
+            _complete_onnx(path, _metadata(self), find_thresholds(self.post_processor))
+            target = root / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            for file in (path.with_name(f"{path.name}.data"), path):
+                if file.exists():
+                    file.replace(target.with_name(file.name))
+        return target
 
     def to_openvino(
         self,

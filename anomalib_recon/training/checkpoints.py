@@ -2,56 +2,25 @@
 
 """Checkpoints that explain themselves, and continue a run as if it had not been interrupted."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
+from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 
-def refuse_other_networks(
-    checkpoint: Mapping[str, Any], model: str, arguments: Mapping[str, Any], names: Sequence[str]
-) -> None:
-    """Refuse a checkpoint of another model, or of a network that was built with other arguments.
-
-    Args:
-        checkpoint (Mapping[str, Any]): The checkpoint.
-        model (str): Name of the model class.
-        arguments (Mapping[str, Any]): Arguments of the model it is loaded into.
-        names (Sequence[str]): Arguments that the two must share.
-
-    Raises:
-        ValueError: If they do not.
-    """
-    saved = checkpoint.get("hyper_parameters", {})
-    if not saved.keys() >= set(names):
-        msg = f"The checkpoint is not one of {model}, or of a version without some of its arguments; train anew."
-        raise ValueError(msg)
-    different = [name for name in names if _plain(saved[name]) != _plain(arguments[name])]
-    if different:
-        needed = ", ".join(f"{name}={saved[name]} (not {arguments[name]})" for name in different)
-        msg = (
-            f"The checkpoint needs a model with {needed}; pass these arguments, on the command line as in "
-            f"--model.{different[0]}, or use {model}.load_from_checkpoint."
-        )
-        raise ValueError(msg)
-
-
-def _plain(value: Any) -> Any:
-    """A sequence as a list: a checkpoint may turn tuples into lists."""
-    return list(value) if isinstance(value, tuple) else value
-
-
-def load_checkpoint(path: str | Path, argument: str) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, argument: str, model_class: type[AnomalibModule] | None = None) -> dict[str, Any]:
     """Load a checkpoint, which may come from a stranger: plain data alone, on the CPU.
 
     Args:
         path (str | Path): The checkpoint.
         argument (str): The argument that names it, for the error.
+        model_class (type[AnomalibModule] | None): Model whose types may be in it, beside plain data.
+            Defaults to ``None``.
 
     Returns:
         dict[str, Any]: What it holds.
@@ -59,8 +28,9 @@ def load_checkpoint(path: str | Path, argument: str) -> dict[str, Any]:
     Raises:
         ValueError: If it is not a checkpoint.
     """
+    types = model_class.checkpoint_safe_globals() if model_class else ()
     try:
-        return dict(AnomalibCheckpointIO().load_checkpoint(path, map_location="cpu"))
+        return dict(AnomalibCheckpointIO(types).load_checkpoint(path, map_location="cpu"))
     except Exception as error:  # torch fails in as many ways as files can be broken
         msg = f"{argument}={path} is not a checkpoint of anomalib, or not a whole one; pass another file."
         raise ValueError(msg) from error

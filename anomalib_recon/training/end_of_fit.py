@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .checkpoints import checkpoint_files
 from .held_out import HeldOutImages
+from .images import lacks_validation_images
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,13 @@ class EndOfFit(Callback):
         """Put validation off, that of the sanity check included, unless it is watched."""
         del pl_module
         self._limit: Any = trainer.limit_val_batches
-        if not self._is_watched:
+        self._lacks_images = lacks_validation_images(trainer)
+        if self._lacks_images and self._limit:
+            logger.warning(
+                "There are no validation images (val_split_mode), so the model gets no thresholds: pass "
+                "--data.val_split_mode from_train, or the post-processor FalsePositiveRatePostProcessor."
+            )
+        if self._lacks_images or not self._is_watched:
             trainer.limit_val_batches = 0
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -80,9 +87,9 @@ class EndOfFit(Callback):
             self._finish(trainer, pl_module)
             self._finished = True
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Weights change from here on."""
-        del trainer, pl_module
+        del trainer, pl_module, batch, batch_idx
         self._finished = False
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -136,6 +143,8 @@ class EndOfFit(Callback):
         """Finish the model, and validate it."""
         self._finish(trainer, module)
         self._finished = True
+        if self._lacks_images:
+            return
         trainer.limit_val_batches = self._limit
         if trainer.enable_validation:
             trainer.validating = True

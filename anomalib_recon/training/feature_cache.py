@@ -9,9 +9,9 @@ backbone, image size or data can ever be read; a resumed run computes anew. Each
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from anomalib.data import AnomalibDataModule, AnomalibDataset
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from anomalib_recon.layers import check_finite
 from anomalib_recon.pre_processing import ExactResizePreProcessor, flatten_transform
 
-from .images import map_images, normal_images, normal_indices
+from .images import evaluation, map_images, normal_images, normal_indices
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +54,9 @@ class FeatureCache(Callback):
 
     The model has a method ``training_inputs(batch)``, which turns a pre-processed batch of images into tensors of shape
     ``(B, ...)``, features first, and a method ``start(features)``, which gets the features of the normal training
-    images in batches, before training, from the cache or by ``start_features(batch)``. Where images change from epoch
-    to epoch or the features do not fit, each epoch computes them anew; the log says so.
+    images in batches, before training, from the cache or by ``start_features(batch)``. Its ``targets(features)`` then
+    become what is kept. Where images change from epoch to epoch or the features do not fit, each epoch computes them
+    anew; the log says so.
 
     Args:
         feature_cache_gib (float): Most memory of a process for the cache, in GiB. 0 switches it off.
@@ -97,12 +98,14 @@ class FeatureCache(Callback):
                 "dataloaders do not tell from others; pass a datamodule."
             )
             raise ValueError(msg)
-        # a fit that no epoch is left for leaves the model as it is
-        if stage != "fit" or trainer.ckpt_path is not None or _has_ended(trainer):
+        # a fit that no epoch is left for leaves the model as it is; other weights of the backbone may be loaded later.
+        # `trainer.ckpt_path` would be that of an earlier run here
+        if stage != "fit" or _has_ended(trainer) or module.loads_start:
             return
         self._prepare(trainer, module, datamodule)
         if datamodule is not None:
-            module.start(self.normal_features(trainer, module))
+            module.start(_NormalFeatures(lambda: self._normal_features(trainer, module)))
+            self._keep_targets(module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the trainer load places in the cache instead of images.
@@ -110,10 +113,14 @@ class FeatureCache(Callback):
         A resumed run and a model with weights from elsewhere fill the cache now; what their model has seen in the
         features comes with these.
         """
+        module: Any = pl_module
         is_resumed = trainer.ckpt_path is not None
-        is_new = not is_resumed and not _has_ended(trainer)
-        if is_resumed or (is_new and cast("Any", pl_module).initialize() and self._parts):
-            self._prepare(trainer, pl_module, getattr(trainer, "datamodule", None))
+        starts = module.loads_start and not is_resumed and not _has_ended(trainer)
+        if starts:
+            module.initialize()
+        if is_resumed or starts:
+            self._prepare(trainer, module, getattr(trainer, "datamodule", None))
+            self._keep_targets(module)
         if not self._parts:
             return
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -147,25 +154,35 @@ class FeatureCache(Callback):
             batch (FeatureBatch): Places of B images.
 
         Returns:
-            tuple[Tensor, ...]: What the model's ``training_inputs`` made of the images. They share memory with what the
-                next call returns.
+            tuple[Tensor, ...]: The targets, and what else the model's ``training_inputs`` made of the images. They
+                share memory with what the next call returns.
         """
         return tuple(part.read(batch.index) for part in self._parts)
 
-    def normal_features(self, trainer: Trainer, module: Any) -> Iterable[Tensor]:
-        """Features of the normal training images, from memory if they are kept.
+    def normal_targets(self, trainer: Trainer, module: Any) -> Iterator[Tensor]:
+        """Targets of the normal training images, from memory if they are kept.
 
         Args:
             trainer (Trainer): Trainer that is fitting the model.
-            module (Any): The model, whose ``start_features`` they are.
+            module (Any): The model, whose ``targets`` they are.
 
-        Returns:
-            Iterable[Tensor]: Batches of shape ``(b, ...)``, which share memory; can be iterated more than once.
+        Yields:
+            Tensor: Batches of shape ``(b, ...)``, which share memory.
         """
-        dataset: AnomalibDataset = trainer.datamodule.train_data  # type: ignore[attr-defined]
-        return _NormalFeatures(lambda: self._normal_features(trainer, module, dataset))
+        for features in self._normal_features(trainer, module):
+            yield features if self._parts else module.targets(features)
+
+    def _keep_targets(self, module: Any) -> None:
+        """Turn the features in memory into targets, which then need not be computed in each step."""
+        if not self._parts:
+            return
+        features = self._parts[0]
+        with evaluation(module):
+            for index in torch.arange(len(features.values)).split(IMAGES_PER_READ):
+                features.values[index] = module.targets(features.read(index)).to(features.values)
 
     def _prepare(self, trainer: Trainer, module: Any, datamodule: Any) -> None:
+        self._parts = []
         tiles = None if module.tiler is None else "images are cut into tiles"
         obstacle = self._obstacle or tiles or _find_obstacle(trainer, datamodule, module)
         if obstacle is None:
@@ -176,7 +193,6 @@ class FeatureCache(Callback):
 
     def _fill(self, trainer: Trainer, module: Any, dataset: AnomalibDataset) -> str | None:
         """Compute all features, unless they are too many or too large; the result then says so."""
-        self._parts = []
         count, start = len(dataset), 0
         batches = map_images(trainer, module, dataset, module.training_inputs)
         for inputs in tqdm(batches, "Features", delay=10, leave=False, disable=not trainer.is_global_zero):
@@ -195,7 +211,8 @@ class FeatureCache(Callback):
             start += len(inputs[0])
         return None
 
-    def _normal_features(self, trainer: Trainer, module: Any, dataset: AnomalibDataset) -> Iterator[Tensor]:
+    def _normal_features(self, trainer: Trainer, module: Any) -> Iterator[Tensor]:
+        dataset: AnomalibDataset = trainer.datamodule.train_data  # type: ignore[attr-defined]
         if self._parts:
             for index in torch.tensor(normal_indices(dataset)).split(IMAGES_PER_READ):
                 yield self._parts[0].read(index)

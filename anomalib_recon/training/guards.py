@@ -2,8 +2,9 @@
 
 """What every model watches while it is trained, tested and used."""
 
+import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from anomalib.data import AnomalibDataset, PredictDataset
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from .image_files import check_image_modes, levels_of
 from .images import check_training_files
+
+logger = logging.getLogger(__name__)
 
 # optimiser steps after which the losses are looked at: a look at each would stop a GPU at each
 STEPS_PER_LOOK = 50
@@ -58,22 +61,6 @@ class FiniteLoss(Callback):
         if self._num_losses % STEPS_PER_LOOK == 1:
             self._look(trainer, pl_module)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the losses before their weights are validated, after which they may be saved.
-
-        Raises:
-            RuntimeError: If one is not finite.
-        """
-        self._look(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the losses before the epoch is saved.
-
-        Raises:
-            RuntimeError: If one is not finite.
-        """
-        self._look(trainer, pl_module)
-
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Look at the losses before a checkpoint that is saved amid an epoch is written.
 
@@ -83,14 +70,18 @@ class FiniteLoss(Callback):
         del checkpoint
         self._look(trainer, pl_module)
 
-    def _look(self, trainer: Trainer, module: LightningModule) -> None:
+    def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._total.isfinite():
             msg = (
-                f"The loss is {float(self._total)} in epoch {trainer.current_epoch}; lower learning_rate "
-                f"({module.hparams.get('learning_rate')}) or use precision 32. The last checkpoint is from before."
+                f"The loss is {float(self._total)} in epoch {trainer.current_epoch}; train anew with a lower "
+                f"learning_rate ({pl_module.hparams.get('learning_rate')}) or precision 32. The last checkpoint is "
+                "from before."
             )
             raise RuntimeError(msg)
         self._total = torch.zeros_like(self._total)
+
+    # before weights are validated, after which they may be saved, and before an epoch is saved
+    on_validation_start = on_train_epoch_end = _look
 
 
 class ReadableImages(Callback):
@@ -102,10 +93,12 @@ class ReadableImages(Callback):
         Raises:
             ValueError: If an image cannot be used, the model cannot be trained on this set, or tiles do not fit.
         """
+        if stage != "fit":  # a checkpoint may still bring tiles
+            return
         datamodule: Any = getattr(trainer, "datamodule", None)
         module: Any = pl_module
         module.check_tiles()
-        if stage == "fit" and datamodule is not None:
+        if datamodule is not None:
             check_training_files(datamodule, module)
             module.grey_levels = levels_of(datamodule.train_data)
             module.check_training_set(datamodule.train_data)
@@ -118,37 +111,66 @@ class ReadableImages(Callback):
         """
         _check_levels(getattr(getattr(trainer, "datamodule", None), "train_data", None), pl_module)
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the headers of the test images.
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the sizes of tiles and network before a validation of its own.
 
         Raises:
-            ValueError: If one cannot be used, or their levels are not those of the training.
+            ValueError: If they do not fit.
         """
+        if trainer.state.fn == "validate":
+            cast("Any", pl_module).check_tiles()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the model, and at the headers of the test images.
+
+        Raises:
+            ValueError: If one cannot be used, their levels are not those of the training, or tiles do not fit.
+        """
+        _check_model(pl_module)
         _check_loaders(trainer.test_dataloaders, pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the headers of the images to predict.
+        """Look at the model, and at the headers of the images to predict.
 
         Raises:
-            ValueError: If one cannot be used, or their levels are not those of the training.
+            ValueError: If one cannot be used, their levels are not those of the training, or tiles do not fit.
         """
+        _check_model(pl_module)
         _check_loaders(trainer.predict_dataloaders, pl_module)
+
+
+def _check_model(module: Any) -> None:
+    """Compare the sizes of tiles and network, and say so if there is no threshold for labels."""
+    module.check_tiles()
+    threshold = getattr(module.post_processor, "image_threshold", None)
+    has_labels = getattr(module.post_processor, "enable_thresholding", False)
+    if has_labels and isinstance(threshold, Tensor) and bool(threshold.isnan().all()):
+        logger.warning(
+            "The model has no thresholds, so labels compare raw scores with 0.5. Either its training has not ended "
+            "(continue it by `anomalib fit --ckpt_path`), or it had no validation images."
+        )
 
 
 def _check_loaders(loaders: Any, module: Any) -> None:
     for loader in loaders if isinstance(loaders, Iterable) and not hasattr(loaders, "dataset") else [loaders]:
         dataset = getattr(loader, "dataset", None)
-        _check_levels(dataset, module)
         deep_grey = levels_of(dataset) is not None
         if isinstance(dataset, AnomalibDataset):
             check_image_modes(dataset.samples.image_path, deep_grey)
         elif isinstance(dataset, PredictDataset):
             check_image_modes(dataset.image_filenames, deep_grey)
+        _check_levels(dataset, module)
 
 
 def _check_levels(dataset: Any, module: Any) -> None:
     """Refuse images that are read by other levels than those that the model was trained on."""
     trained, given = module.grey_levels, levels_of(dataset)
+    if trained and not given and isinstance(dataset, AnomalibDataset | PredictDataset):
+        msg = (
+            f"The model was trained on images of black_level={trained.black_level:.10g} and "
+            f"white_level={trained.white_level:.10g}; read these by DeepGreyFolder or DeepGreyPredictDataset, too."
+        )
+        raise ValueError(msg)
     if trained and given and given != trained:
         msg = (
             f"The images are read with black_level={given.black_level:.10g} and white_level={given.white_level:.10g}, "

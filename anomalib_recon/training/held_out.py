@@ -109,8 +109,9 @@ class HeldOutImages(Callback):
         loss = module.held_out_loss(self._images)
         if not math.isfinite(loss):
             msg = (
-                f"The held-out loss is {loss} after epoch {trainer.current_epoch}; lower learning_rate "
-                f"({module.hparams['learning_rate']}) or use precision 32. The last checkpoint is from before."
+                f"The held-out loss is {loss} after epoch {trainer.current_epoch}; train anew with a lower "
+                f"learning_rate ({module.hparams['learning_rate']}) or precision 32. The last checkpoint is from "
+                "before."
             )
             raise RuntimeError(msg)
         module.log("held_out_loss", loss, prog_bar=True)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from anomalib import TaskType
-from anomalib.data import AnomalibDataset, ImageBatch
+from anomalib.data import AnomalibDataModule, AnomalibDataset, ImageBatch
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.data.utils import LabelName
 from anomalib.models.components import AnomalibModule
@@ -65,6 +65,19 @@ def own_share(trainer: Trainer, dataset: AnomalibDataset) -> AnomalibDataset:
         AnomalibDataset: Every ``trainer.world_size``-th image; there may be none.
     """
     return dataset.subsample(range(trainer.global_rank, len(dataset), trainer.world_size))
+
+
+def lacks_validation_images(trainer: Trainer) -> bool:
+    """Find out whether the datamodule has no validation set, for which anomalib has no dataloader.
+
+    Args:
+        trainer (Trainer): Trainer whose datamodule has been set up.
+
+    Returns:
+        bool: Whether it has none, as with ``val_split_mode="none"``.
+    """
+    datamodule = getattr(trainer, "datamodule", None)
+    return isinstance(datamodule, AnomalibDataModule) and not hasattr(datamodule, "val_data")
 
 
 @contextmanager

@@ -321,6 +321,7 @@ def test_two_processes_train_one_model_with_confetti_of_their_own(
     [
         ({"labels": "mask"}, "^labels must be None, 'pixel' or 'image', got 'mask'"),
         ({"labels": "image", "top_k": 65}, "^top_k must be from 1 to the 64 cells of the feature map, got 65"),
+        ({"labels": "image", "top_k": 2.5}, "^top_k must be a whole number, got 2.5"),
         ({"alpha": 0.0}, "^alpha must be positive, got 0.0"),
         ({"learning_rate": -1.0}, "^learning_rate must be positive, got -1.0"),
         ({"lr_drop_epoch": 0}, "^lr_drop_epoch must be at least 1, got 0"),

@@ -130,3 +130,13 @@ def check_pictures(folder: Path, model: AnomalibModule, with_ground_truth: bool)
     assert len(pictures) == 14
     panels = 4 + with_ground_truth + hasattr(model.model, "picture")
     assert {Image.open(path).size for path in pictures} == {(panels * 256, 256)}
+
+
+def test_an_engine_trains_a_new_model_after_it_has_tested_a_checkpoint(
+    name: str, trained: Trained, demo: Path, tmp_path: Path
+) -> None:
+    engine = engine_in(tmp_path, max_epochs=EPOCHS)
+    engine.test(build(name), datamodule=demo_data(demo), ckpt_path=trained.checkpoint, verbose=False)
+    model = build(name)
+    engine.fit(model, datamodule=demo_data(demo))
+    assert_same_state(model, trained.model)

@@ -227,5 +227,19 @@ def test_what_cannot_work_is_refused(path: Path, good: Path, tmp_path: Path) -> 
         set_thresholds(path, model.thresholds, tmp_path / "model.bin")
     with pytest.raises(ValueError, match=r"images must be floating-point numbers in .*, got uint8; divide"):
         model(np.full((1, 3, 64, 64), 200, np.uint8))
+    for images_, words in (
+        (np.full((1, 3, 64, 64), 200, np.float32), r"must have values in \[0, 1\], got 200 to 200; divide"),
+        (np.full((1, 3, 64, 64), np.nan, np.float32), r"must have values in \[0, 1\], got nan"),
+        (np.zeros((3, 64, 64), np.float32), r"must have the shape \(B, 3, H, W\), got \(3, 64, 64\)"),
+        (np.zeros((1, 64, 64, 3), np.float32), r"must have the shape \(B, 3, H, W\), got \(1, 64, 64, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            model(images_)
     with pytest.raises(ValueError, match=r"path must end in \.xml or \.onnx"):
         ExportedModel(tmp_path / "model.pt")
+    gone = tmp_path / f"gone{path.suffix}"
+    with pytest.raises(ValueError, match=f"path must be an exported model, got {gone}, but {gone} is no file"):
+        ExportedModel(gone)
+    # before any image is scored
+    with pytest.raises(ValueError, match=f"output must end in {path.suffix}"):
+        command.main(["--model", str(path), "--images", str(tmp_path / "none"), "--output", "model.bin"])

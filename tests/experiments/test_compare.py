@@ -189,32 +189,46 @@ def test_several_devices_are_refused(arguments: list[str], tmp_path: Path) -> No
         run.check()  # nothing has begun, so nothing keeps the call from being corrected
 
 
-def test_a_model_without_export_is_reported(arguments: list[str], output: Path, folder: Path) -> None:
+def test_a_mistake_in_one_model_is_found_before_another_is_trained(arguments: list[str], tmp_path: Path) -> None:
+    config = yaml.safe_load(Path(arguments[1]).read_text(encoding="utf-8"))
+    config["models"]["other"] = {"model": {"class_path": "InTra", "init_args": {**SMALL, "patch_size": 7}}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match="image_size must be a multiple of patch_size"):
+        main(["--config", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "output"), *COMMON])
+    assert not list((tmp_path / "output").rglob("*.ckpt"))
+
+
+def copy_of(output: Path, folder: Path, copies: Path) -> tuple[Path, Path]:
+    """A copy of all results, and the folder of a run in it."""
+    copy = Path(shutil.copytree(output, copies / "copy"))
+    return copy, copy / folder.relative_to(output)
+
+
+def test_a_model_without_export_is_reported(arguments: list[str], output: Path, folder: Path, tmp_path: Path) -> None:
+    output, folder = copy_of(output, folder, tmp_path)
     lacking = {"result.json": {"openvino_ms": None, "openvino_mb": None}, "formats.json": {"fp16": {}}}
-    texts = {name: (folder / name).read_text(encoding="utf-8") for name in lacking}
-    for name, text in texts.items():
-        (folder / name).write_text(json.dumps(json.loads(text) | lacking[name]))
-    main([*arguments, "--only_report"])
-    for name, text in texts.items():
-        (folder / name).write_text(text)
+    for name, values in lacking.items():
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        (folder / name).write_text(json.dumps(content | values))
+    main([*arguments, "--output", str(output), "--only_report"])
     assert np.isnan(pd.read_csv(output / "results.csv")["openvino_ms"].item())
     assert pd.read_csv(output / "formats.csv", index_col="format").loc["fp16", "milliseconds":].isna().all()
     [line] = [line for line in (output / "formats.md").read_text(encoding="utf-8").splitlines() if "fp16" in line]
     assert set(line.split("fp16")[1]) == {" ", "|"}
 
 
-def test_data_without_masks_are_reported(arguments: list[str], output: Path, folder: Path) -> None:
+def test_data_without_masks_are_reported(arguments: list[str], output: Path, folder: Path, tmp_path: Path) -> None:
     """Neither the metrics nor the formats have figures of pixels then."""
-    texts = {name: (folder / name).read_text(encoding="utf-8") for name in ("result.json", "formats.json")}
-    result, formats = map(json.loads, texts.values())
+    output, folder = copy_of(output, folder, tmp_path)
+    result, formats = (
+        json.loads((folder / name).read_text(encoding="utf-8")) for name in ("result.json", "formats.json")
+    )
     of_images = {key: value for key, value in result.items() if not key.startswith("pixel")}
     (folder / "result.json").write_text(json.dumps(of_images))
     for row in formats.values():
         del row["pixel_AUROC"]
     (folder / "formats.json").write_text(json.dumps(formats))
-    main([*arguments, "--only_report"])
-    for name, text in texts.items():
-        (folder / name).write_text(text)
+    main([*arguments, "--output", str(output), "--only_report"])
     frame = pd.read_csv(output / "formats.csv", index_col="format")
     assert frame[["pixel_AUROC", "pixel_AUROC_change"]].isna().all(axis=None)
     assert frame["image_AUROC_change"].notna().all()
@@ -256,9 +270,17 @@ def test_a_defect_among_the_training_images_is_found(stripes: Path, tmp_path: Pa
 
 
 def test_a_comparison_without_models_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("datasets: {a: {class_path: DemoAD}}")
-    with pytest.raises(ValueError, match="has no models"):
-        read_runs(tmp_path / "config.yaml", tmp_path)
+    path = tmp_path / "config.yaml"
+    with pytest.raises(ValueError, match=r"--config must be a file, got .*config\.yaml"):
+        read_runs(path, tmp_path)
+    for text, lacking in (
+        ("datasets: {a: {class_path: DemoAD}}", "no models"),
+        ("", "no models and no datasets"),
+        ("{models: [InTra], datasets: {a: {class_path: DemoAD}}}", "no models"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"has {lacking}:"):
+            read_runs(path, tmp_path)
 
 
 def test_anomalib_reads_the_configs_of_the_demo(tmp_path: Path) -> None:

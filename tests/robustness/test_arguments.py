@@ -311,6 +311,7 @@ def test_numbers_of_the_lightning_models(model_class: type[nn.Module], argument:
     ("model_class", "argument"),
     [
         (InTra, "windows_per_image"), (InTra, "windows_per_step"), (InTra, "max_held_out"), (InTra, "patience"),
+        (InTra, "window_size"), (InTra, "patch_size"),
         (ADTR, "lr_drop_epoch"), (PatchAE, "coreset_candidates"),
     ],
 )  # fmt: skip

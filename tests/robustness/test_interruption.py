@@ -105,6 +105,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_result(
         assert torch.equal(resumed[key], value), key
 
 
+@pytest.mark.parametrize("name", ["SAAE"], indirect=True)  # what writes is Lightning, whatever the model
 @pytest.mark.parametrize("kill", [True, False], ids=["killed", "disk full"])
 def test_the_checkpoint_before_survives_a_write_that_breaks_off(
     name: str, stripes: Path, tmp_path: Path, whole: dict[str, torch.Tensor], kill: bool

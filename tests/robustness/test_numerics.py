@@ -57,7 +57,9 @@ def test_a_broken_loss_stops_the_training_and_keeps_the_last_checkpoint(
 
     model.loss.register_forward_hook(break_in_second_epoch)
     engine = engine_in(tmp_path, max_epochs=3)
-    with pytest.raises(RuntimeError, match=r"^The loss is \w+ in epoch 1; lower learning_rate \(0\.00\d\) or use"):
+    with pytest.raises(
+        RuntimeError, match=r"^The loss is \w+ in epoch 1; train anew with a lower learning_rate \(0\.00\d\)"
+    ):
         engine.fit(model, datamodule=data(stripes))
     [checkpoint] = tmp_path.rglob("*.ckpt")
     saved = torch.load(checkpoint, weights_only=True)

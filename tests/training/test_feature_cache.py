@@ -255,13 +255,14 @@ def test_interrupted_run_resumes_to_the_same_weights(stripes: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("is_resumed", [False, True])
 def test_features_are_those_of_the_backbone_in_a_checkpoint(stripes: Path, tmp_path: Path, is_resumed: bool) -> None:
-    """Weights come after the cache is filled: those of a run to be continued, or those that ADTR+ starts from."""
+    """They may come after the cache is filled: in a run that is continued. ADTR+ starts from others, too."""
     train(build(ADTR), data(stripes), tmp_path, max_epochs=1)
     checkpoint = next(tmp_path.rglob("model.ckpt"))
     arguments = {} if is_resumed else {"labels": "image", "top_k": 4, "normal_checkpoint": checkpoint}
     results = []
     for make in (build_without_cache, build):
-        model = make(ADTR, seed=5, **arguments)
+        model, sizes = make(ADTR, seed=5, **arguments), []
+        model.model.backbone.register_forward_pre_hook(lambda _, args, sizes=sizes: sizes.append(len(args[0])))
         datamodule = data(stripes) if is_resumed else labelled_data(stripes)
         weights, watch = train(
             model, datamodule, tmp_path / "other", ckpt_path=checkpoint if is_resumed else None, max_epochs=2
@@ -269,6 +270,7 @@ def test_features_are_those_of_the_backbone_in_a_checkpoint(stripes: Path, tmp_p
         results.append(weights)
     assert all(watch.cached)
     assert_same(*results)
+    assert is_resumed or sum(sizes) == len(datamodule.train_data)
 
 
 class Look(Callback):

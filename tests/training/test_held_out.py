@@ -231,7 +231,9 @@ def test_broken_loss_stops_the_training_and_keeps_the_last_checkpoint(stripes: P
             if trainer.current_epoch == 1 and trainer.is_last_batch:
                 pl_module.model.head.bias.data[0] = math.nan
 
-    with pytest.raises(RuntimeError, match=r"The held-out loss is nan after epoch 1; lower learning_rate \(0.002\)"):
+    with pytest.raises(
+        RuntimeError, match=r"The held-out loss is nan after epoch 1; train anew with a lower learning_rate \(0.002\)"
+    ):
         train(stripes, tmp_path, callbacks=[Break()])
     saved = torch.load(checkpoint_in(tmp_path), weights_only=True)
     assert saved["epoch"] == 0

@@ -47,9 +47,11 @@ def main(args: Sequence[str] | None = None) -> None:
         datasets = _chosen("--datasets", options.datasets, [run.data for run in runs])
         for run in runs:  # those that are not chosen, too, as the report has them
             run.check()
-        for run in runs:
-            if run.model in models and run.data in datasets:
-                run.run()
+        chosen = [run for run in runs if run.model in models and run.data in datasets]
+        for run in chosen:
+            run.read()
+        for run in chosen:
+            run.run()
     print(f"\n{write_report(runs, options.title, options.output)}")
 
 

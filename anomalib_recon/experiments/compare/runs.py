@@ -18,6 +18,7 @@ from anomalib_recon.experiments.training import (
     Trained,
     check_settings,
     hardware,
+    parse,
     read_json,
     run_once,
     train,
@@ -79,6 +80,16 @@ class Run:
         """
         check_settings(self.folder, self.settings)
 
+    def read(self) -> None:
+        """Build model and data of a run that has not been finished, to find mistakes before any training.
+
+        Raises:
+            SystemExit: If an argument is unknown.
+            ValueError: If a value does not fit.
+        """
+        if self.result is None:
+            _prepare(parse(self._write_config(), self.folder))
+
     def run(self) -> None:
         """Train and measure the model unless that has been done; an interrupted training continues.
 
@@ -89,9 +100,7 @@ class Run:
 
     def _train_and_measure(self) -> dict[str, Any]:
         print(f"\n{self.model} on {self.data}", flush=True)
-        config = self.folder / "config.yaml"
-        write_whole(config, yaml.safe_dump(dict(self.config), sort_keys=False).encode())
-        trained = train(["--config", str(config), *self.arguments], self.folder, self.seed, _prepare)
+        trained = train(self._write_config(), self.folder, self.seed, _prepare)
         datamodule = trained.datamodule
         # before the test, which takes the training's data from the trainer, and the model from its device
         scores, maps, masks = score(trained)
@@ -117,6 +126,12 @@ class Run:
             "seed": self.seed,
             "hardware": hardware(trained.engine.trainer),
         }
+
+    def _write_config(self) -> list[str]:
+        """Write the config of the training; returns arguments of ``anomalib train``."""
+        config = self.folder / "config.yaml"
+        write_whole(config, yaml.safe_dump(dict(self.config), sort_keys=False).encode())
+        return ["--config", str(config), *self.arguments]
 
     def _measure_formats(self, trained: Trained, scores: Scores) -> dict[str, float | None]:
         fp32 = measure_formats(trained, scores, self.folder)["fp32"]
@@ -158,10 +173,14 @@ def read_runs(config: Path, output: Path, arguments: Sequence[str] = ()) -> list
         list[Run]: Every model on every data set.
 
     Raises:
-        ValueError: If the file lacks a part, or two names would share a folder.
+        ValueError: If there is no such file, it lacks a part, or two names would share a folder.
     """
+    if not config.is_file():
+        msg = f"--config must be a file, got {config}; see configs/compare."
+        raise ValueError(msg)
     content = yaml.safe_load(config.read_text(encoding="utf-8"))
-    lacking = [key for key in ("models", "datasets") if not content.get(key)]
+    parts = content if isinstance(content, dict) else {}
+    lacking = [key for key in ("models", "datasets") if not isinstance(parts.get(key), dict) or not parts[key]]
     if lacking:
         msg = f"--config {config} has no {' and no '.join(lacking)}: see configs/compare/demo.yaml for the format."
         raise ValueError(msg)

@@ -33,7 +33,7 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from anomalib_recon.layers import ScaleBy, check_finite, check_positive, check_whole
+from anomalib_recon.layers import ScaleBy, check_finite, check_fraction, check_positive, check_whole
 from anomalib_recon.models.base import ReconstructionModule
 from anomalib_recon.training import FeatureCache, load_checkpoint, one_cycle
 
@@ -184,12 +184,10 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
         check_whole(lr_drop_epoch=lr_drop_epoch)
         check_positive(alpha=alpha, learning_rate=learning_rate)
-        check_finite(weight_decay=weight_decay, confetti=confetti)
+        check_finite(weight_decay=weight_decay)
+        check_fraction(confetti=confetti)
         if weight_decay < 0:
             msg = f"weight_decay must not be negative, got {weight_decay}."
-            raise ValueError(msg)
-        if not 0 <= confetti <= 1:
-            msg = f"confetti must be a probability in [0, 1], got {confetti}."
             raise ValueError(msg)
         if not labels and (confetti or normal_checkpoint):
             msg = (
@@ -202,6 +200,7 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         self.loss = _choose_loss(labels, alpha, top_k, math.prod(self.model.feature_size))
         self.confetti = ConfettiNoise(confetti) if confetti else None
         self.labels = labels
+        self.loads_start = labels is not None
         self.normal_checkpoint = normal_checkpoint
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -219,31 +218,25 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
             return one_cycle(optimizer, self)  # type: ignore[return-value]
         return [optimizer], [torch.optim.lr_scheduler.MultiStepLR(optimizer, [self.lr_drop_epoch])]
 
-    def initialize(self) -> bool:
+    def initialize(self) -> None:
         """Start ADTR+ from an ADTR.
-
-        Returns:
-            bool: Whether it is ADTR+.
 
         Raises:
             ValueError: If ``normal_checkpoint`` is not the checkpoint of an ADTR with the same network.
         """
-        if self.labels:
-            self._load_normal_checkpoint()
-        return self.labels is not None
+        self._load_normal_checkpoint()
 
     def start_features(self, batch: Batch) -> Tensor:
         """Features of a batch of images, before they are scaled."""
         return self.model.extract(self.tiles(batch))
 
     def start(self, features: Iterable[Tensor]) -> None:
-        """Take the scale of the features of the normal training images, unless ADTR+ has that of its ADTR.
+        """Take the scale of the features of the normal training images; ADTR+ has that of its ADTR.
 
         Args:
             features (Iterable[Tensor]): Features of shape ``(b, C, h, w)``.
         """
-        if not self.labels:
-            self.model.scale.fit(features)
+        self.model.scale.fit(features)
 
     def targets(self, features: Tensor) -> Tensor:
         """Scale features of shape ``(B, C, h, w)``."""
@@ -349,7 +342,8 @@ def _choose_loss(labels: str | None, alpha: float, top_k: int, num_cells: int) -
     if labels != "image":
         msg = f"labels must be None, 'pixel' or 'image', got {labels!r}."
         raise ValueError(msg)
-    if not 1 <= top_k <= num_cells:
+    check_whole(top_k=top_k)
+    if top_k > num_cells:
         msg = f"top_k must be from 1 to the {num_cells} cells of the feature map, got {top_k}."
         raise ValueError(msg)
     return ImageLoss(alpha, top_k)

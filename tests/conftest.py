@@ -125,15 +125,38 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def trained(name: str, demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A tiny model, trained on demo data."""
-    return train(build(name), demo, tmp_path_factory.mktemp(name))
+def all_trained() -> dict[str, Trained]:
+    """Models that have been trained; pytest itself forgets all but the last of a fixture with parameters."""
+    return {}
 
 
 @pytest.fixture(scope="session")
-def exported(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> dict[ExportType, Path]:
+def all_exported() -> dict[str, dict[ExportType, Path]]:
+    """Models that have been exported."""
+    return {}
+
+
+@pytest.fixture
+def trained(
+    name: str, demo: Path, all_trained: dict[str, Trained], tmp_path_factory: pytest.TempPathFactory
+) -> Trained:
+    """A tiny model, trained on demo data."""
+    if name not in all_trained:
+        all_trained[name] = train(build(name), demo, tmp_path_factory.mktemp(name))
+    return all_trained[name]
+
+
+@pytest.fixture
+def exported(
+    name: str,
+    trained: Trained,
+    all_exported: dict[str, dict[ExportType, Path]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[ExportType, Path]:
     """Exports of the trained model."""
-    return export_all(trained, tmp_path_factory.mktemp("exported"))
+    if name not in all_exported:
+        all_exported[name] = export_all(trained, tmp_path_factory.mktemp("exported"))
+    return all_exported[name]
 
 
 def export_all(trained: Trained, folder: Path) -> dict[ExportType, Path]:

@@ -7,18 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
 from jsonargparse import Namespace
 from sklearn.metrics import roc_auc_score
 
+from anomalib_recon.deploy import ExportedModel
 from anomalib_recon.experiments.compare.benchmark import MixedBenchmark
 from anomalib_recon.experiments.tiled_ensemble import EvalTiledEnsemble, TrainTiledEnsemble
-from anomalib_recon.models import InTra
-from tests.conftest import write_stripes
+from anomalib_recon.models import FeatureInpainting, InTra
+from tests.conftest import images_in, write_stripes
 from tests.tiny_models import TINY
 
 SMALL = {"patch_size": 8, "window_size": 5, "embed_dim": 16, "depth": 1, "num_heads": 2, "windows_per_image": 10}
@@ -36,26 +39,41 @@ def anomalib(folder: Path, *args: str) -> None:
     subprocess.run([command, *args], check=True, cwd=folder, capture_output=True, timeout=300)
 
 
-def test_train_predict_and_export_from_the_command_line(stripes: Path, tmp_path: Path) -> None:
-    arguments = [f"--model.{name}={value}" for name, value in {**SMALL, "image_size": 64}.items()]
-    data = ["--data.root", str(stripes), "--data.category", "stripes", "--data.num_workers", "0"]
-    anomalib(tmp_path, "train", "--model", "InTra", *arguments, "--data", "MVTecAD", *data, "--trainer.max_epochs", "2")
-    results = tmp_path / "results" / "InTra" / "MVTecAD" / "stripes" / "latest"
-    checkpoint = str(results / "weights" / "lightning" / "model.ckpt")
-    assert len(list((results / "images").rglob("*.png"))) == 10
-
-    hole = stripes / "stripes" / "test" / "hole"
+def test_own_images_from_the_command_line(stripes: Path, tmp_path: Path) -> None:
+    """The commands of the README: good images alone to train on and for thresholds, prediction, export."""
+    small = {name: value for name, value in TINY["FeatureInpainting"].items() if name != "visualizer"}
+    arguments = [f"--model.{name}={value}" for name, value in small.items()]
+    good, hole = (stripes / "stripes" / folder for folder in ("train/good", "test/hole"))
     anomalib(
-        tmp_path, "predict", "--model", "InTra", *arguments, "--ckpt_path", checkpoint, "--data", str(hole),
-        "--default_root_dir", "predicted",
+        tmp_path, "fit", "--model", "FeatureInpainting", *arguments, "--data", "Folder", "--data.name", "mine",
+        "--data.normal_dir", str(good), "--data.num_workers", "0", "--data.test_split_mode", "none",
+        "--data.val_split_mode", "from_train", "--data.val_split_ratio", "0.3",
+        "--model.post_processor", "anomalib_recon.post_processing.FalsePositiveRatePostProcessor",
+        "--model.post_processor.split", "val", "--model.post_processor.image_fpr", "0.4",
+    )  # fmt: skip
+    results = tmp_path / "results" / "FeatureInpainting" / "mine" / "latest"
+    checkpoint = results / "weights" / "lightning" / "model.ckpt"
+    anomalib(
+        tmp_path, "predict", "--model", "FeatureInpainting", *arguments, "--ckpt_path", str(checkpoint),
+        "--data", str(hole), "--default_root_dir", "predicted",
     )  # fmt: skip
     assert len(list((tmp_path / "predicted").rglob("*.png"))) == 6
-
     anomalib(
-        tmp_path, "export", "--model", "InTra", "--ckpt_path", checkpoint, "--export_type", "openvino",
-        "--export_root", "exported",
+        tmp_path, "export", "--model", "FeatureInpainting", *arguments, "--ckpt_path", str(checkpoint),
+        "--export_type", "openvino", "--export_root", "exported",
     )  # fmt: skip
-    assert (tmp_path / "exported" / "weights" / "openvino" / "model.xml").exists()
+
+    model = FeatureInpainting.load_from_checkpoint(checkpoint).eval()
+    exported = ExportedModel(tmp_path / "exported" / "weights" / "openvino" / "model.xml")
+    with torch.no_grad():
+        expected = model(images_in(good))
+    outputs = exported(images_in(good).numpy())
+    np.testing.assert_allclose(outputs["pred_score"].ravel(), expected.pred_score, atol=1e-3)
+    # the twelve images hold three or four that were not trained on, of which one may be called anomalous
+    raw = outputs["raw_score"].ravel()
+    threshold = model.post_processor.image_threshold.item()
+    assert np.isclose(raw, threshold, rtol=1e-3).any()  # it is the score of one of them
+    assert (exported(images_in(hole).numpy())["raw_score"] > threshold).all()
 
 
 def test_benchmark_compares_our_models_with_built_in_ones(

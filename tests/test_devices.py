@@ -94,17 +94,6 @@ def test_residuals_are_measured_on_the_device() -> None:
     assert distance.whitening.shape == (4, 6, 6)
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_networks_are_compiled(name: str) -> None:
-    network = network_of(name).model.eval()
-    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = network(images)
-        compiled = torch.compile(network, backend="eager")(images)
-    torch.testing.assert_close(compiled.anomaly_map, expected.anomaly_map, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(compiled.pred_score, expected.pred_score, rtol=1e-3, atol=1e-5)
-
-
 def test_the_code_names_no_accelerator() -> None:
     named = re.compile(r"torch\.(cuda|mps|xpu)\b|\.cuda\(|[\"'](cuda|mps|xpu)[\"':]")
     for path in Path(anomalib_recon.__file__).parent.rglob("*.py"):

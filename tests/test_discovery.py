@@ -4,7 +4,6 @@
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -141,12 +140,10 @@ answer = sorted(name for name in sys.modules if name.startswith("anomalib_recon"
     assert "anomalib" not in stderr
 
 
-def test_hook_costs_less_than_20_ms(tmp_path):
+def test_torch_alone_imports_the_hook_alone(tmp_path):
     script = """
-import time
-start = time.perf_counter()
-from anomalib_recon.discovery import autoload
-autoload()
-answer = time.perf_counter() - start
+import sys
+import torch
+answer = sorted(name for name in sys.modules if name.startswith("anomalib"))
 """
-    assert statistics.median(ask(script, tmp_path)[0] for _ in range(7)) < 0.020
+    assert ask(script, tmp_path)[0] == ["anomalib_recon", "anomalib_recon.discovery"]

@@ -196,6 +196,7 @@ def test_a_built_in_model_has_a_region_by_command(demo: Path, tmp_path: Path) ->
     cli = AnomalibCLI([
         "train", "--data", "DemoAD", "--data.root", str(demo), "--default_root_dir", str(tmp_path),
         "--model", "Padim", "--model.backbone", "resnet18", "--model.pre_trained", "false",
+        "--model.layers", "[layer1]", "--model.n_features", "16",
         "--model.evaluator", "anomalib_recon.metrics.RawScoreEvaluator", "--model.visualizer", "false",
         post_processor, "anomalib_recon.post_processing.RegionPostProcessor",
         f"{post_processor}.region", "[[0.1, 0.2], [0.9, 0.2], [0.9, 0.7], [0.1, 0.7]]",

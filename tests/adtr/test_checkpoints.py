@@ -44,30 +44,6 @@ def trained(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[AD
     return model.eval(), engine.trainer.checkpoint_callback.best_model_path
 
 
-def test_loading_needs_neither_file_nor_network(trained: tuple[ADTR, str]) -> None:
-    model, path = trained
-    loaded = ADTR.load_from_checkpoint(path).eval()
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
-    images = torch.rand(3, 3, 80, 64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected, result = model(images), loaded(images)
-    for name in ("pred_score", "anomaly_map", "pred_label", "pred_mask"):
-        assert torch.equal(getattr(result, name), getattr(expected, name)), name
-
-
-def test_engine_tests_a_checkpoint_in_a_model_without_weights(
-    trained: tuple[ADTR, str], stripes: Path, tmp_path: Path
-) -> None:
-    model, path = trained
-    results = []
-    for tested, checkpoint in ((model, None), (ADTR(**SMALL, pre_trained=False), path)):
-        engine = Engine(default_root_dir=tmp_path, accelerator="cpu", enable_progress_bar=False)
-        results += engine.test(tested, datamodule=data(stripes), ckpt_path=checkpoint, verbose=False)
-    assert results[0] == results[1]
-    assert 0 < results[0]["pixel_AUROC"] < 1
-
-
 def test_engine_exports_a_checkpoint(trained: tuple[ADTR, str], tmp_path: Path) -> None:
     engine = Engine(default_root_dir=tmp_path, accelerator="cpu")
     untrained = ADTR(**SMALL, pre_trained=False)
@@ -76,31 +52,6 @@ def test_engine_exports_a_checkpoint(trained: tuple[ADTR, str], tmp_path: Path) 
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(exported(images).pred_score, trained[0](images).pred_score)
-
-
-def test_checkpoints_hold_plain_data(tmp_path: Path) -> None:
-    arguments = {**SMALL, "layers": ("layer1", "layer2"), "pre_trained": False}
-    checkpoint = save(ADTR(**arguments), tmp_path / "adtr.ckpt")
-    assert checkpoint["hyper_parameters"]["image_size"] == (64, 64)
-    assert list(checkpoint["hyper_parameters"]["layers"]) == ["layer1", "layer2"]
-
-
-def test_checkpoints_with_paths_of_other_files_load(trained: tuple[ADTR, str]) -> None:
-    assert Path(torch.load(trained[1], weights_only=True)["hyper_parameters"]["backbone_weights"]).name == "weights.pth"
-
-
-def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    save(Padim(backbone="resnet18", pre_trained=False), tmp_path / "padim.ckpt")
-    with pytest.raises(ValueError, match=r"^The checkpoint is not one of ADTR"):
-        ADTR.load_from_checkpoint(tmp_path / "padim.ckpt")
-
-
-def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
-    checkpoint = save(ADTR(**SMALL, pre_trained=False), tmp_path / "adtr.ckpt")
-    other = ADTR(**{**SMALL, "depth": 2, "query": "encoder"}, pre_trained=False)
-    words = r"^The checkpoint needs a model with depth=1 \(not 2\), query=learned \(not encoder\); pass these arguments"
-    with pytest.raises(ValueError, match=words):
-        other.on_load_checkpoint(checkpoint)
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from anomalib.data import MVTecAD
-from anomalib.deploy import ExportType, OpenVINOInferencer
+from anomalib.deploy import ExportType
 from anomalib.engine import Engine
 from lightning import seed_everything
-from PIL import Image
 from torchvision.transforms.v2 import RandomChoice, Resize
 
 from anomalib_recon.models import ADTR
-from tests.exports import FP32, expected_from, export, images_of, run
+from tests.exports import expected_from, export, images_of, run
 
 OWN_SIZE = (64, 96)
 OTHER_SIZES = [(128, 128), (200, 131), (48, 40)]
@@ -71,25 +70,3 @@ def test_onnx_scores_at_a_fixed_input_size_are_those_of_the_checkpoint(
     path = export(model, tmp_path, ExportType.ONNX, input_size=OWN_SIZE)
     images = images_of(stripes, OWN_SIZE)
     assert_equal(run(path, images, 4), expected_from(model, images))
-
-
-def test_openvino_inferencer_predicts_from_a_file(
-    model: ADTR, exported: Path, stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)  # where the inferencer puts its cache
-    inferencer = OpenVINOInferencer(exported, device="CPU", config=FP32)
-    expected = expected_from(model, images_of(stripes, (64, 64)))["pred_score"].ravel()
-    paths = sorted((stripes / "stripes" / "test").rglob("*.png"))
-    scores = [inferencer.predict(Image.open(path).convert("RGB")).pred_score.item() for path in paths]
-    np.testing.assert_allclose(scores, expected, atol=1e-3)
-
-
-def test_engine_scores_are_those_of_the_exported_model(
-    model: ADTR, datamodule: MVTecAD, exported: Path, stripes: Path, tmp_path: Path
-) -> None:
-    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", enable_progress_bar=False)
-    batches = engine.predict(model, datamodule=datamodule)
-    scores = {path: score for batch in batches for path, score in zip(batch.image_path, batch.pred_score, strict=True)}
-    expected = [float(scores[str(path)]) for path in sorted((stripes / "stripes" / "test").rglob("*.png"))]
-    result = run(exported, images_of(stripes, (64, 64)), 4)["pred_score"].ravel()
-    np.testing.assert_allclose(result, expected, atol=1e-3)

@@ -156,17 +156,6 @@ def test_a_query_that_images_share_is_decoded_as_one_for_each(attention: str) ->
 
 
 @torch.no_grad()
-def test_what_depends_on_weights_alone_is_computed_for_one_image(images: Tensor) -> None:
-    sizes = []
-    for query in ("learned", "encoder"):
-        model = small_model(query=query)
-        for layer in model.decoder:
-            layer.self_attention.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-        model(images)
-    assert sizes == [1, 2, 2, 2]
-
-
-@torch.no_grad()
 def test_places_matter_through_position_and_query_alone(images: Tensor) -> None:
     model = small_model()
     order = torch.randperm(24, generator=torch.Generator().manual_seed(1))

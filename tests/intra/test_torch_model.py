@@ -52,16 +52,14 @@ def test_windows_are_placed_by_the_equations(rows: int, cols: int, side: int) ->
 @pytest.mark.parametrize("readout", ["mean", "token"])
 def test_a_patch_is_painted_from_the_rest_of_its_window_alone(attention: str, position: str, readout: str) -> None:
     model = small_model(attention=attention, position=position, readout=readout, sigmoid=False)
-    patches = torch.rand(1, 30, 192)
-    reconstruction = model.reconstruct(patches)
-    for covered in range(0, 30, 7):
-        window = set(model.places[covered].tolist())
+    patches = torch.rand(30, 192)
+    others = patches.repeat(30, 1, 1)  # in each, another patch is changed
+    others[range(30), range(30)] = torch.rand(30, 192)
+    painted, reconstruction = model.reconstruct(others), model.reconstruct(patches.expand_as(others))
+    for covered, places in enumerate(model.places.tolist()):
         for changed in range(30):
-            others = patches.clone()
-            others[:, changed] = torch.rand(192)
-            painted = model.reconstruct(others)
-            same = torch.equal(painted[:, covered], reconstruction[:, covered])
-            assert same == (changed == covered or changed not in window)
+            same = torch.equal(painted[changed, covered], reconstruction[changed, covered])
+            assert same == (changed == covered or changed not in places)
 
 
 def attend(attention: MultiheadSelfAttention, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -113,10 +111,13 @@ def reconstruct_by_the_paper(model: InTraModel, images: torch.Tensor, residuals:
     return torch.stack([torch.cat(patches) for patches in painted])
 
 
-@pytest.mark.parametrize("readout", ["mean", "token"])
-@pytest.mark.parametrize("position", ["global", "local"])
-@pytest.mark.parametrize("long_residuals", [True, False])
-@pytest.mark.parametrize("depth", [1, 2, 3, 4, 5, 6, 13])
+@pytest.mark.parametrize(
+    ("depth", "long_residuals", "position", "readout"),
+    [
+        *[(depth, True, "global", "mean") for depth in (1, 2, 3, 5, 6, 13)],
+        *itertools.product([4], [True, False], ["global", "local"], ["mean", "token"]),
+    ],
+)
 @torch.no_grad()
 def test_reconstruction_equals_one_forward_for_each_patch(
     depth: int, long_residuals: bool, position: str, readout: str
@@ -127,29 +128,6 @@ def test_reconstruction_equals_one_forward_for_each_patch(
     images = torch.rand(2, 3, 48, 40)
     expected = reconstruct_by_the_paper(model, images, long_residuals)
     torch.testing.assert_close(model.reconstruct(model.embed(images)), expected, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("readout", ["mean", "token"])
-@pytest.mark.parametrize(
-    ("depth", "joined"),
-    [
-        (13, {12: 0, 11: 1, 10: 2, 9: 3, 8: 4, 7: 5}),  # those of the paper; the block in the middle stands alone
-        (6, {5: 0, 4: 1}),  # block 3 has the output of block 2 as its input, and nothing is added to it
-        (4, {3: 0}),
-        (2, {}),
-    ],
-)
-@torch.no_grad()
-def test_long_residuals_join_early_blocks_to_late_ones(depth: int, joined: dict[int, int], readout: str) -> None:
-    model = small_model(depth=depth, readout=readout)
-    inputs, outputs = [], []
-    for block in model.blocks:
-        block.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-        block.register_forward_hook(lambda _, args, output: outputs.append(output))
-    model.inpaint(torch.rand(2, 9, 192), model.places[:2], model.covered[:2])
-    for late in range(1, depth):
-        added = outputs[joined[late]] if late in joined else 0
-        torch.testing.assert_close(inputs[late], outputs[late - 1] + added)
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -300,15 +278,6 @@ def test_windows_are_drawn_everywhere_and_repeatably() -> None:
     assert bool((places.diff(dim=1) > 0).all())
     again, _ = draw_windows(model.grid_size, model.window_size, 4000, torch.Generator().manual_seed(0))
     assert torch.equal(places, again)
-
-
-def test_one_covered_patch_takes_the_random_numbers_of_three_draws() -> None:
-    """So that a seed gives the same training as ever."""
-    places, covered = draw_windows((6, 5), 3, 50, torch.Generator().manual_seed(0))
-    generator = torch.Generator().manual_seed(0)
-    rows, cols, expected = (torch.randint(high, (50,), generator=generator) for high in (4, 3, 9))
-    assert torch.equal(places[:, 0], rows * 5 + cols)
-    assert torch.equal(covered[:, 0], expected)
 
 
 @pytest.mark.parametrize("count", [2, 5, 8])

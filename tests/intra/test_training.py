@@ -221,16 +221,6 @@ def test_images_are_rotated_and_flipped_in_all_eight_ways() -> None:
     assert int(counts.min()) > 20
 
 
-@pytest.mark.parametrize("width", [4, 6])
-def test_images_are_turned_as_by_choices_for_all_at_once(width: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    images = expected = torch.rand(50, 3, 4, width)
-    for turn in (lambda batch: batch.flip(-1), lambda batch: batch.flip(-2), lambda batch: batch.transpose(-1, -2)):
-        if turn(images).shape == images.shape:
-            expected = torch.where(torch.rand(50, 1, 1, 1, generator=generator) < 0.5, turn(expected), expected)
-    assert torch.equal(rotate_and_flip(images, torch.Generator().manual_seed(0)), expected)
-
-
 def test_not_square_images(tmp_path: Path) -> None:
     write_stripes(tmp_path, size=(40, 72))
     model = InTra(**{**SMALL, "image_size": (40, 72)}, **SCHEDULE)

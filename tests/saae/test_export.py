@@ -65,6 +65,8 @@ def test_openvino_scores_are_those_of_the_checkpoint(
 def test_with_a_backbone_int8_ptq_stores_weights_in_8_bits(
     model: SAAE, exported: Path, stripes: Path, tmp_path: Path
 ) -> None:
+    if model.hparams["backbone"] != MODELS["vit"]["backbone"]:
+        pytest.skip("weights are compressed alike, whatever the backbone")
     datamodule = MVTecAD(root=stripes, category="stripes", eval_batch_size=1, num_workers=0)
     int8, ptq = (
         export(model, tmp_path / name, ExportType.OPENVINO, compression_type=name, datamodule=datamodule)

@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 import yaml
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from anomalib_recon import models
 from anomalib_recon.config_files import config_path
@@ -42,10 +42,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "SAAE, recommended": ("recommended/saae.yaml", {}),
 }  # fmt: skip
-# which torch does not count on a CPU
+# of shapes; torch does not count them on a CPU
 ATTENTION_FLOPS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
+    ),
 }
 # operators whose names begin so; the rest is "other"
 KINDS = {

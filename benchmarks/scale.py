@@ -23,7 +23,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -152,28 +152,29 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
-    parts: dict[str, tuple[Callable[[], list[dict[str, Any]]], str, dict[str, str]]] = {
+    parts: dict[str, tuple[Callable[[], Iterable[dict[str, Any]]], str, dict[str, str]]] = {
         "image_size": (
-            lambda: [score_one(name, size, args) for name in args.models for size in args.image_sizes],
+            lambda: (score_one(name, size, args) for name in args.models for size in args.image_sizes),
             "side of the image, pixels",
             {"seconds": "CPU seconds per image", "extra_mib": "extra memory, MiB"},
         ),
         "num_images": (
-            lambda: [train(name, count, args) for name in args.models for count in args.num_images],
+            lambda: (train(name, count, args) for name in args.models for count in args.num_images),
             "training images",
             {"seconds": "CPU seconds of a fit", "extra_mib": "extra memory, MiB"},
         ),
         "bank": (
-            lambda: [row for size in args.bank_sizes for row in search(size, args)],
+            lambda: (row for size in args.bank_sizes for row in search(size, args)),
             "vectors in the bank",
             {"seconds": "CPU seconds per image"},
         ),
     }
     for name in args.parts:
         measure, x_label, y_labels = parts[name]
-        rows = measure()
-        for row in rows:
+        rows = []
+        for row in measure():
             print(json.dumps(row), flush=True)
+            rows.append(row)
         figures = {
             "machine": f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}",
             "arguments": {key: str(value) for key, value in vars(args).items()},

@@ -18,15 +18,26 @@ from tempfile import TemporaryDirectory
 import torch
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
+from torch import Tensor
 
 from anomalib_recon.files import write_whole
 from anomalib_recon.models import InTra
+from anomalib_recon.training import normal_images
+
+BATCH_SIZE = 8
+
+
+def normal_patches(model: InTra, datamodule: MVTecAD) -> Tensor:
+    """Patches of all good training images, ``(n, N * M, K * K * C)``."""
+    dataset = normal_images(datamodule.train_data, model)
+    return model.model.embed(torch.stack([dataset[index].image for index in range(len(dataset))]))
 
 
 @torch.no_grad()
 def take_statistics(model: InTra, datamodule: MVTecAD) -> None:
+    """Take what scoring needs of the good training images, by the painting that the network does now."""
     network = model.model.eval()
-    batches = (network.embed(model.pre_processor.transform(batch.image)) for batch in datamodule.train_dataloader())
+    batches = normal_patches(model, datamodule).split(BATCH_SIZE)
     pairs = ((patches, network.reconstruct(patches)) for patches in batches)
     if network.mahalanobis is not None:
         network.mahalanobis.fit(network.residual(*pair) for pair in pairs)
@@ -66,7 +77,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    datamodule = MVTecAD(root=args.root, category=args.category, train_batch_size=8, eval_batch_size=8, num_workers=0)
+    datamodule = MVTecAD(root=args.root, category=args.category, eval_batch_size=BATCH_SIZE, num_workers=0)
     datamodule.setup()
     rows = [(count, own) for count in args.covered for own in (False, args.own and count > 1)]
     figures = [measure(args.checkpoint, count, own, datamodule) for count, own in dict.fromkeys(rows)]

@@ -18,38 +18,23 @@ from typing import Any
 import torch
 import yaml
 from anomalib.data import MVTecAD
-from anomalib.models import AnomalibModule
-from torch import Tensor
 
 from anomalib_recon.config_files import config_path
 from anomalib_recon.models import InTra
-from anomalib_recon.training import normal_images
+from benchmarks.intra_covered import normal_patches, take_statistics
 from benchmarks.rows import Rows, accuracy
 from benchmarks.trainings import BATCHES, create_engine
 
-IMAGES_PER_PART = 16
 SCORES: dict[str, dict[str, Any]] = {"recipe": {}, "paper": {"distance": "gms", "top_fraction": 0.0}}
 
 
 @torch.no_grad()
-def fit(module: AnomalibModule, datamodule: MVTecAD) -> None:
+def fit(module: InTra, datamodule: MVTecAD) -> None:
     """Have the network paint the mean of the good images, and measure what that misses."""
-    network: Any = module.model
     datamodule.setup()
-    dataset = normal_images(datamodule.train_data, module)
-    patches = network.embed(torch.stack([dataset[index].image for index in range(len(dataset))]))
-    mean = patches.mean(dim=0, keepdim=True)
-
-    def reconstruct(patches: Tensor) -> Tensor:
-        return mean.expand_as(patches)
-
-    network.reconstruct = reconstruct
-    parts = patches.split(IMAGES_PER_PART)
-    if network.mahalanobis is not None:
-        network.mahalanobis.fit(network.residual(part, reconstruct(part)) for part in parts)
-        return
-    differences = [network.difference(part, reconstruct(part)) for part in parts]
-    network.normal_difference.copy_(torch.cat(differences).mean(dim=0, keepdim=True))
+    mean = normal_patches(module, datamodule).mean(dim=0, keepdim=True)
+    module.model.reconstruct = mean.expand_as  # type: ignore[method-assign]
+    take_statistics(module, datamodule)
 
 
 def measure(category: str, args: argparse.Namespace) -> dict[str, Any]:

@@ -116,8 +116,10 @@ def check_output(path: Path, output: Path | None = None) -> Path:
     if output.suffix != path.suffix:
         msg = f"output must end in {path.suffix} as the model does, got {output}."
         raise ValueError(msg)
-    weights, target = _weights_of(path), output.with_name(_weights_of(path).name)
-    if weights.exists() and target.exists() and not filecmp.cmp(weights, target, shallow=False):
+    weights = _weights_of(path)
+    target = output.with_name(weights.name)
+    has_both = weights.exists() and target.exists()
+    if has_both and not target.samefile(weights) and not filecmp.cmp(weights, target, shallow=False):
         msg = (
             f"output must be in a folder without the weights of another model, but {target} differs from {weights}, "
             "and the model looks for its weights by that name; choose an empty folder."

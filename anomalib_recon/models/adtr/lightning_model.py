@@ -224,7 +224,16 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         Raises:
             ValueError: If ``normal_checkpoint`` is not the checkpoint of an ADTR with the same network.
         """
-        self._load_normal_checkpoint()
+        if self.normal_checkpoint is None or not Path(self.normal_checkpoint).is_file():
+            msg = (
+                f"normal_checkpoint={self.normal_checkpoint} is not a file; ADTR+ starts from the checkpoint of an "
+                "ADTR trained with labels=None."
+            )
+            raise ValueError(msg)
+        checkpoint = load_checkpoint(self.normal_checkpoint, "normal_checkpoint")
+        self.refuse_other_networks(checkpoint)
+        weights = {key: value for key, value in checkpoint["state_dict"].items() if key.startswith("model.")}
+        self.load_state_dict(weights, strict=False)
 
     def start_features(self, batch: Batch) -> Tensor:
         """Features of a batch of images, before they are scaled."""
@@ -319,19 +328,6 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
                 "for all; give the masks (train_mask_dir of LabelledFolder), or pass labels='image'."
             )
             raise ValueError(msg)
-
-    def _load_normal_checkpoint(self) -> None:
-        """Load the weights of the ADTR that ADTR+ starts from."""
-        if self.normal_checkpoint is None or not Path(self.normal_checkpoint).is_file():
-            msg = (
-                f"normal_checkpoint={self.normal_checkpoint} is not a file; ADTR+ starts from the checkpoint of an "
-                "ADTR trained with labels=None."
-            )
-            raise ValueError(msg)
-        checkpoint = load_checkpoint(self.normal_checkpoint, "normal_checkpoint")
-        self.refuse_other_networks(checkpoint)
-        weights = {key: value for key, value in checkpoint["state_dict"].items() if key.startswith("model.")}
-        self.load_state_dict(weights, strict=False)
 
 
 def _choose_loss(labels: str | None, alpha: float, top_k: int, num_cells: int) -> NormalLoss | PixelLoss | ImageLoss:

@@ -198,7 +198,7 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
 
     @staticmethod
     def configure_evaluator() -> RawScoreEvaluator:
-        """Image and pixel AUROC and F1 score, and pixel AUPRO, on raw scores."""
+        """Image and pixel AUROC and pixel AUPRO on raw scores, and F1 scores at the threshold."""
         return RawScoreEvaluator()
 
     @classmethod

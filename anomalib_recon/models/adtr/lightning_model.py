@@ -19,7 +19,7 @@ See Also:
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from anomalib.data import AnomalibDataset, Batch
@@ -55,7 +55,8 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
     thresholds, runs once, when training ends.
 
     Args:
-        backbone (str): CNN of timm, with or without the tag of its weights.
+        backbone (str): CNN of timm, with or without the tag of its weights, or ``"pixels"`` for the pixels of each
+            cell as its features.
             Defaults to ``"tf_efficientnet_b4.aa_in1k"``.
         layers (Sequence[str] | None): Stages whose features are concatenated, by their names in timm. ``None`` stands
             for all.
@@ -84,6 +85,8 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
             Defaults to ``"learned"``.
         attention (Literal["multihead", "concat"]): Multi-head attention, or concatenation and projection.
             Defaults to ``"multihead"``.
+        reconstruction (Literal["transformer", "cnn"]): Rebuild features with the transformer, or with residual blocks.
+            Defaults to ``"transformer"``.
         patch_size (int): Side of a token, in cells of the feature map; divides h and w.
             Defaults to ``1``.
         hole_size (int): Side of the square of tokens around its own that a query does not see, odd, so that it must
@@ -142,6 +145,7 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
     network = ADTRModel
     free_arguments = ("dropout", "pool_size", "top_fraction")
     defaulted_arguments = ("layers", "feature_size")
+    added_arguments: ClassVar[dict[str, Any]] = {"reconstruction": "transformer"}
 
     def __init__(
         self,
@@ -158,6 +162,7 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         dropout: float = 0.1,
         query: Literal["learned", "encoder"] = "learned",
         attention: Literal["multihead", "concat"] = "multihead",
+        reconstruction: Literal["transformer", "cnn"] = "transformer",
         patch_size: int = 1,
         hole_size: int = 0,
         pool_size: int = 16,

@@ -37,10 +37,13 @@ from anomalib_recon.layers import (
     stage_strides,
 )
 
+from .ablation import PIXEL_STRIDE, Pixels, ResidualCNN
 from .anomaly_map import AnomalyMapGenerator, Distance
 from .transformer import DecoderLayer, EncoderLayer
 
 DEFAULT_STRIDE = 16
+# the backbone that is none
+PIXELS = "pixels"
 # by how much a logit falls with each token of distance from where its head looks
 SLOPE = 2.0
 
@@ -49,7 +52,8 @@ class ADTRModel(Tiling, nn.Module):
     """A frozen backbone's features, and the transformer that rebuilds them from a learned query.
 
     Args:
-        backbone (str): CNN of timm, with or without the tag of its weights.
+        backbone (str): CNN of timm, with or without the tag of its weights, or ``"pixels"`` for the pixels of each
+            cell as its features (table 4b).
             Defaults to ``"tf_efficientnet_b4.aa_in1k"``.
         layers (Sequence[str] | None): Stages whose features are concatenated, by their names in timm. ``None`` stands
             for all.
@@ -79,6 +83,9 @@ class ADTRModel(Tiling, nn.Module):
         attention (Literal["multihead", "concat"]): Multi-head attention, or concatenation and projection (the paper's
             ablation "w/o Attn").
             Defaults to ``"multihead"``.
+        reconstruction (Literal["transformer", "cnn"]): Rebuild features with the transformer, or with residual blocks
+            (the paper's baseline "CNN"), which know neither query nor attention.
+            Defaults to ``"transformer"``.
         patch_size (int): Side of a token, in cells of the feature map; divides h and w.
             Defaults to ``1``.
         hole_size (int): Side of the square of tokens around its own that a query does not see, odd, so that it must
@@ -118,6 +125,7 @@ class ADTRModel(Tiling, nn.Module):
         dropout: float = 0.1,
         query: Literal["learned", "encoder"] = "learned",
         attention: Literal["multihead", "concat"] = "multihead",
+        reconstruction: Literal["transformer", "cnn"] = "transformer",
         patch_size: int = 1,
         hole_size: int = 0,
         pool_size: int = 16,
@@ -143,21 +151,24 @@ class ADTRModel(Tiling, nn.Module):
         self.patch_grid = divide_feature_map(self.feature_size, patch_size)
         self.num_tokens = math.prod(self.patch_grid)
         _check_hole(hole_size, self.patch_grid, query, attention)
-        self.backbone = FrozenBackbone(backbone, layers, pre_trained, backbone_weights)
+        _check_reconstruction(reconstruction, query, attention, hole_size)
+        self.backbone = _build_backbone(backbone, layers, pre_trained, backbone_weights)
         self.resize = AntialiasResize(self.feature_size)
         self.scale = FeatureScale(self.backbone.num_channels, feature_scale)
         num_channels = sum(self.backbone.num_channels)
         self_attention = "alone" if hole_size else attention
 
         self.reduce = nn.Conv2d(num_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
-        self.position_embedding = nn.Parameter(torch.empty(1, self.num_tokens, embed_dim))
-        self.encoder = nn.ModuleList(
-            EncoderLayer(embed_dim, num_heads, mlp_dim, dropout, self_attention) for _ in range(depth)
-        )
-        self.query = nn.Parameter(torch.empty(1, self.num_tokens, embed_dim)) if query == "learned" else None
-        self.decoder = nn.ModuleList(
-            DecoderLayer(embed_dim, num_heads, mlp_dim, dropout, self_attention, attention) for _ in range(depth)
-        )
+        self.cnn = ResidualCNN(embed_dim, depth) if reconstruction == "cnn" else None
+        if self.cnn is None:
+            self.position_embedding = nn.Parameter(torch.empty(1, self.num_tokens, embed_dim))
+            self.encoder = nn.ModuleList(
+                EncoderLayer(embed_dim, num_heads, mlp_dim, dropout, self_attention) for _ in range(depth)
+            )
+            self.query = nn.Parameter(torch.empty(1, self.num_tokens, embed_dim)) if query == "learned" else None
+            self.decoder = nn.ModuleList(
+                DecoderLayer(embed_dim, num_heads, mlp_dim, dropout, self_attention, attention) for _ in range(depth)
+            )
         self.recover = nn.Conv2d(embed_dim, num_channels * patch_size**2, kernel_size=1)
         self.shuffle = nn.PixelShuffle(patch_size)
         # otherwise what is in the hole would come in by way of other tokens, which self-attentions therefore do not see
@@ -169,7 +180,8 @@ class ADTRModel(Tiling, nn.Module):
             top_fraction,
             ResidualDistance(num_channels, self.feature_size) if distance == "mahalanobis" else None,
         )
-        self._initialize()
+        if self.cnn is None:
+            self._initialize()
 
     def _initialize(self) -> None:
         """Draw the weights of the transformer as the standard one does, the embeddings as ViT does."""
@@ -210,7 +222,7 @@ class ADTRModel(Tiling, nn.Module):
             return torch.cat([self.resize(features.float()) for features in maps], dim=1)
 
     def reconstruct(self, features: Tensor) -> Tensor:
-        """Rebuild features with the transformer ("Reconstruction").
+        """Rebuild features with the transformer, or with the CNN ("Reconstruction").
 
         Args:
             features (Tensor): Features f of shape ``(B, C, h, w)``.
@@ -218,13 +230,19 @@ class ADTRModel(Tiling, nn.Module):
         Returns:
             Tensor: Reconstruction of the same shape.
         """
-        tokens = self.reduce(features).flatten(2).transpose(1, 2)  # (B, T, D)
+        reduced = self.reduce(features)
+        rebuilt = self._transform(reduced) if self.cnn is None else self.cnn(reduced)
+        return self.shuffle(self.recover(rebuilt))
+
+    def _transform(self, reduced: Tensor) -> Tensor:
+        """Pass a feature map of shape ``(B, D, rows, columns)`` through encoder and decoder; the shape stays."""
+        tokens = reduced.flatten(2).transpose(1, 2)  # (B, T, D)
         for layer in self.encoder:
             tokens = layer(tokens, self.position_embedding)
         rebuilt = tokens if self.query is None else self.query
         for layer in self.decoder:
             rebuilt = layer(rebuilt, tokens, self.position_embedding, self.hole_bias)
-        return self.shuffle(self.recover(rebuilt.transpose(1, 2).unflatten(2, self.patch_grid)))
+        return rebuilt.transpose(1, 2).unflatten(2, self.patch_grid)
 
     def compare(self, features: Tensor, reconstruction: Tensor) -> InferenceBatch:
         """Compare features with their reconstruction ("Inference").
@@ -244,6 +262,29 @@ class ADTRModel(Tiling, nn.Module):
         """Score images of shape ``(B, 3, H, W)`` with values in [0, 1]; see :meth:`compare`."""
         features = self.embed(self.tile(images))
         return self.untile(self.compare(features, self.reconstruct(features)))
+
+
+def _build_backbone(
+    backbone: str, layers: Sequence[str] | None, pre_trained: bool, weights: str | Path | None
+) -> FrozenBackbone | Pixels:
+    if backbone != PIXELS:
+        return FrozenBackbone(backbone, layers, pre_trained, weights)
+    if layers is not None or weights is not None:
+        msg = f"backbone='pixels' has neither layers nor weights, got layers={layers} and backbone_weights={weights}."
+        raise ValueError(msg)
+    return Pixels()
+
+
+def _check_reconstruction(reconstruction: str, query: str, attention: str, hole_size: int) -> None:
+    if reconstruction not in {"transformer", "cnn"}:
+        msg = f"reconstruction must be 'transformer' or 'cnn', got {reconstruction!r}."
+        raise ValueError(msg)
+    if reconstruction == "cnn" and (query, attention, hole_size) != ("learned", "multihead", 0):
+        msg = (
+            f"query={query!r}, attention={attention!r} and hole_size={hole_size} are of the transformer; leave them "
+            "out with reconstruction='cnn'."
+        )
+        raise ValueError(msg)
 
 
 def _check_hole(hole_size: int, grid_size: tuple[int, int], query: str, attention: str) -> None:
@@ -287,7 +328,7 @@ def find_feature_size(
     """Find the size of the feature map, which is that of one of the backbone's stages.
 
     Args:
-        backbone (str): CNN of timm.
+        backbone (str): CNN of timm, or ``"pixels"``.
         image_size (tuple[int, int]): Height and width of the images in pixels.
         feature_size (int | tuple[int, int] | None): Size as given by the user.
 
@@ -295,12 +336,14 @@ def find_feature_size(
         tuple[int, int]: Height and width.
 
     Raises:
-        ValueError: If no stage has the size.
+        ValueError: If no stage has the size, or images cannot be cut into cells of pixels.
     """
     height, width = image_size
-    sizes = {
-        stride: (math.ceil(height / stride), math.ceil(width / stride)) for stride in stage_strides(backbone).values()
-    }
+    strides = [PIXEL_STRIDE] if backbone == PIXELS else stage_strides(backbone).values()
+    if backbone == PIXELS and (height % PIXEL_STRIDE or width % PIXEL_STRIDE):
+        msg = f"image_size must be multiples of {PIXEL_STRIDE} with backbone='pixels', got {image_size}."
+        raise ValueError(msg)
+    sizes = {stride: (math.ceil(height / stride), math.ceil(width / stride)) for stride in strides}
     if feature_size is None and DEFAULT_STRIDE in sizes:
         return sizes[DEFAULT_STRIDE]
     size = tuple(feature_size) if isinstance(feature_size, Sequence) else (feature_size, feature_size)

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import anomalib
 from anomalib.models import AnomalibModule
@@ -91,12 +91,17 @@ def write_folder(
         AnomalibModule: The model.
 
     Raises:
-        ValueError: If the checkpoint does not exist, or is not one of this model.
+        ValueError: If the checkpoint does not exist, or is not one of this model, or the folder has a README.md of
+            something else.
     """
     if not checkpoint.is_file():
         msg = f"ckpt={checkpoint} is no file; pass the checkpoint that a training has written."
         raise ValueError(msg)
+    if (output / CARD).exists() and not (output / CONFIG).exists():
+        msg = f"output={output} has a {CARD} that is no model card; choose another folder."
+        raise ValueError(msg)
     model = load_model(name, checkpoint)
+    card = card_of(model, output.resolve().name, trained_on, licence, figures)
     output.mkdir(parents=True, exist_ok=True)
     if checkpoint.resolve() != (output / CHECKPOINT).resolve():
         temporary = output / f"{CHECKPOINT}.part"
@@ -104,7 +109,7 @@ def write_folder(
         temporary.replace(output / CHECKPOINT)
     versions = {"anomalib-recon": version("anomalib-recon"), "anomalib": anomalib.__version__}
     write_whole(output / CONFIG, json.dumps({"model": name, "versions": versions}, indent=2).encode())
-    write_whole(output / CARD, card_of(model, output.name, trained_on, licence, figures).encode())
+    write_whole(output / CARD, card.encode())
     return model
 
 
@@ -132,10 +137,6 @@ def card_of(model: AnomalibModule, title: str, trained_on: str, licence: str, fi
     )
     hidden = {"pre_processor", "post_processor", "evaluator", "visualizer", "backbone_weights", "normal_checkpoint"}
     arguments = {key: value for key, value in sorted(model.hparams.items()) if key not in hidden}
-    processor = model.post_processor
-    # one of each product, if the post-processor has several
-    thresholds = {kind: getattr(processor, f"{kind}_threshold").flatten().tolist() for kind in ("image", "pixel")}
-    texts = {kind: ", ".join(f"{value:.6g}" for value in values) for kind, values in thresholds.items()}
     imports, images = _reading(cast("GreyLevels | None", model.grey_levels))
     return TEMPLATE.format(
         imports=imports,
@@ -145,13 +146,23 @@ def card_of(model: AnomalibModule, title: str, trained_on: str, licence: str, fi
         name=name,
         trained_on=trained_on,
         figures=_table("metric", {metric: f"{value:.4g}" for metric, value in figures.items()}) or "None were given.",
-        thresholds=_table("of raw scores", texts),
+        thresholds=_table("of raw scores", _thresholds(model.post_processor)) or "None: the scores are raw.",
         arguments=_table("argument", {key: f"`{value}`" for key, value in arguments.items()}),
         own_version=version("anomalib-recon"),
         anomalib_version=anomalib.__version__,
         torch_version=version("torch"),
         licence=licence,
     )
+
+
+def _thresholds(post_processor: Any) -> dict[str, str]:
+    """Thresholds of images and pixels, as far as they are set; one of each product, if there are several."""
+    found = {kind: getattr(post_processor, f"{kind}_threshold", None) for kind in ("image", "pixel")}
+    return {
+        kind: ", ".join(f"{value:.6g}" for value in values.flatten().tolist())
+        for kind, values in found.items()
+        if values is not None and not values.isnan().all()
+    }
 
 
 def _reading(levels: GreyLevels | None) -> tuple[str, str]:

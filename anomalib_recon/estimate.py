@@ -13,7 +13,6 @@ Further arguments are those of `anomalib train` for model and trainer, such as -
 import argparse
 import math
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -218,6 +217,8 @@ def _peak_bytes(trainer: Trainer) -> int:
     device = trainer.strategy.root_device
     if peak := _accelerator_memory(device, "max_memory_reserved"):
         return peak(device)
+    import resource  # noqa: PLC0415  # not on Windows, where the command says so
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -277,6 +278,9 @@ def main(args: Sequence[str] | None = None) -> Estimate:
         ValueError: If an argument cannot work.
     """
     options, further = build_parser().parse_known_args(args)
+    if sys.platform == "win32":
+        msg = "python -m anomalib_recon.estimate asks the system for its memory in a way that Windows does not have."
+        raise ValueError(msg)
     if not options.config.is_file():
         msg = f"config must be a file, got {options.config}; see configs/model."
         raise ValueError(msg)

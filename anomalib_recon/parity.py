@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from anomalib_recon.data import DeepGreyPredictDataset
 from anomalib_recon.deploy import ExportedModel, GreyLevels, find_images, read_image
 from anomalib_recon.deploy.grey_levels import add_level_arguments, levels_from
-from anomalib_recon.post_processing import RawScoreExport
+from anomalib_recon.post_processing import ProductPostProcessor, RawScoreExport
 from anomalib_recon.pre_processing import ExactResizePreProcessor
 from anomalib_recon.training import load_checkpoint
 
@@ -76,12 +76,13 @@ def load_model(name: str, checkpoint: Path, exact_resize: bool = False) -> Anoma
     if not checkpoint.is_file():
         msg = f"ckpt must be a checkpoint, got {checkpoint}, which is no file."
         raise ValueError(msg)
-    load_checkpoint(checkpoint, "ckpt", model_class)  # says so if it is none, or damaged
+    further = ProductPostProcessor.argument_for(load_checkpoint(checkpoint, "ckpt", model_class))
     if not issubclass(model_class, RawScoreExport):
         # a name of its own: the command line finds classes by their names, and would find two
         model_class = type(f"RawScore{name}", (RawScoreExport, model_class), {})
-    without_weights = {"pre_trained": False} if "pre_trained" in inspect.signature(model_class).parameters else {}
-    model = model_class.load_from_checkpoint(checkpoint, map_location="cpu", **without_weights)
+    if "pre_trained" in inspect.signature(model_class).parameters:
+        further["pre_trained"] = False
+    model = model_class.load_from_checkpoint(checkpoint, map_location="cpu", **further)
     if exact_resize:
         model.pre_processor = ExactResizePreProcessor(getattr(model.pre_processor, "transform", None))
     return model

@@ -15,6 +15,7 @@ from anomalib.models import AnomalibModule
 from huggingface_hub import snapshot_download
 
 from anomalib_recon import models
+from anomalib_recon.post_processing import ProductPostProcessor
 from anomalib_recon.training import load_checkpoint
 
 CHECKPOINT, CONFIG = "model.ckpt", "config.json"
@@ -44,7 +45,11 @@ def load_pretrained(source: str | Path, revision: str | None = None) -> Anomalib
     if missing:
         msg = f"source={source} has no {' and no '.join(missing)}; python -m anomalib_recon.card writes such a folder."
         raise ValueError(msg)
-    name = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model")
+    try:
+        name = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model"]
+    except (ValueError, TypeError, KeyError) as error:
+        msg = f"source={source}: {CONFIG} does not name a model; write the folder anew by anomalib_recon.card."
+        raise ValueError(msg) from error
     return load_model(name, folder / CHECKPOINT)
 
 
@@ -64,8 +69,8 @@ def load_model(name: str, checkpoint: Path) -> AnomalibModule:
     if name not in models.__all__:
         msg = f"model must be one of {', '.join(models.__all__)}, got {name!r}."
         raise ValueError(msg)
-    load_checkpoint(checkpoint, "ckpt")  # says so if it is none, or damaged
-    return getattr(models, name).load_from_checkpoint(checkpoint, map_location="cpu").eval()
+    further = ProductPostProcessor.argument_for(load_checkpoint(checkpoint, "ckpt"))
+    return getattr(models, name).load_from_checkpoint(checkpoint, map_location="cpu", **further).eval()
 
 
 def _download(source: str, revision: str | None) -> Path:

@@ -53,6 +53,12 @@ def test_the_card_says_what_the_model_is(demo: Path, tmp_path: Path) -> None:
     assert "None were given." in card.card_of(trained.model, "mesh", "a mesh", "cc0-1.0", {})
 
 
+def test_a_card_without_thresholds_says_so() -> None:
+    assert "None: the scores are raw." in card.card_of(build("ADTR"), "mesh", "a mesh", "cc0-1.0", {})
+    without = build("ADTR", post_processor=False)
+    assert "None: the scores are raw." in card.card_of(without, "mesh", "a mesh", "cc0-1.0", {})
+
+
 def test_what_cannot_be_loaded_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConnectionError, match=r"^source='nobody/nothing' is no folder here.*pass a folder\.$"):
@@ -60,6 +66,9 @@ def test_what_cannot_be_loaded_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match=r"has no model\.ckpt and no config\.json"):
         load_pretrained(tmp_path)
     (tmp_path / "model.ckpt").touch()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"^source=.*: config\.json does not name a model"):
+        load_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model": "Padim"}))
     with pytest.raises(ValueError, match=r"^model must be one of ADTR, .* got 'Padim'"):
         load_pretrained(tmp_path)
@@ -69,3 +78,7 @@ def test_what_cannot_be_loaded_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         load_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"^ckpt=.*gone is no file"):
         publish("SAAE", str(tmp_path / "gone"), tmp_path / "mesh")
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "README.md").write_text("# A project")
+    with pytest.raises(ValueError, match=r"^output=.*project has a README\.md that is no model card"):
+        publish("SAAE", str(tmp_path / "model.ckpt"), tmp_path / "project")

@@ -18,11 +18,13 @@ from lightning.pytorch.callbacks import EarlyStopping
 from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader
 
+from anomalib_recon.card import write_folder
 from anomalib_recon.data import SeveralCategories
 from anomalib_recon.deploy import ExportedModel
 from anomalib_recon.metrics import RawScoreEvaluator
 from anomalib_recon.models import SAAE
 from anomalib_recon.post_processing import FalsePositiveRatePostProcessor, ProductPostProcessor
+from anomalib_recon.pretrained import load_pretrained
 from tests.conftest import images_in, save
 from tests.test_region import Tiny
 from tests.tiny_models import TINY, checkpoint_of, engine_in
@@ -167,6 +169,10 @@ def test_a_command_trains_one_model_for_several_categories(root: Path, tmp_path:
     assert torch.equal(loaded.post_processor.image_threshold, cli.model.post_processor.image_threshold.cpu())
     with pytest.raises(ValueError, match=r"post_processor must be ProductPostProcessor\(\['dark', 'bright'\]\)"):
         SAAE.load_from_checkpoint(path)
+    write_folder("SAAE", Path(path), tmp_path / "published", "drawn squares", "cc0-1.0", {})
+    published = load_pretrained(tmp_path / "published")
+    assert published.post_processor.products == NAMES
+    assert torch.equal(published.post_processor.image_threshold, loaded.post_processor.image_threshold)
     with pytest.raises(ValueError, match="needs a checkpoint with thresholds of each product, and this one has"):
         ProductPostProcessor(NAMES).load_checkpoint_config(FalsePositiveRatePostProcessor().checkpoint_config())
     with pytest.raises(ValueError, match=r"products must be those of the checkpoint, \['dark', 'bright'\]"):

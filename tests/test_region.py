@@ -3,6 +3,7 @@
 """A region of interest: what lies outside it does not count, as if the images were cropped to it."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -242,6 +243,8 @@ def test_what_cannot_have_a_region_is_refused(roots: dict[int, Path], caplog: py
     strip = RegionPostProcessor([(0.5, 0), (0.502, 0), (0.502, 1), (0.5, 1)])
     with pytest.raises(ValueError, match=r"region must hold a pixel of the anomaly map, which has the size \(64, 64\)"):
         strip(InferenceBatch(anomaly_map=torch.rand(1, 1, 64, 64)))
+    with pytest.raises(ValueError, match=r"region must hold a pixel of the anomaly map, .* \(32, 32\)"):
+        strip.setup(SimpleNamespace(), SimpleNamespace(input_size=(32, 32)), "fit")
     whole_maps = metrics.AUPRO(fields=["anomaly_map", "gt_mask"], prefix="pixel_")
     with pytest.raises(ValueError, match=r"pixel_AUPRO of anomalib needs whole maps"):
         run(roots[WIDTH], RegionPostProcessor(POLYGON), RawScoreEvaluator(test_metrics=[whole_maps]))

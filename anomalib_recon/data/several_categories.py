@@ -64,7 +64,8 @@ class SeveralCategories(Folder):
             if not (folder / "train" / "good").is_dir():
                 msg = f"categories must have images in ROOT/CATEGORY/train/good, but {folder} has none; check root."
                 raise ValueError(msg)
-        tests = [path for folder in folders for path in sorted((folder / "test").glob("*/")) if path.name != "good"]
+        found = [path for folder in folders for path in sorted((folder / "test").glob("*"))]
+        tests = [path for path in found if path.is_dir() and path.name != "good"]
         self.abnormal_dir = [path.absolute() for path in tests]
         masks = [path.absolute().parents[1] / "ground_truth" / path.name for path in tests]
         missing = [path for path in masks if not path.is_dir()]

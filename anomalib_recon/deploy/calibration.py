@@ -42,7 +42,7 @@ def find_thresholds(
 
     Raises:
         ValueError: If a rate is out of its range, there are no images, the model has no thresholds that could be
-            replaced, or a score is NaN or infinite.
+            replaced, an image cannot be read, or a score is NaN or infinite.
     """
     for name, rate in (("image_fpr", image_fpr), ("pixel_fpr", pixel_fpr)):
         if not 0 <= rate < 1:
@@ -56,9 +56,14 @@ def find_thresholds(
     pixels = HighestScores(pixel_fpr, len(paths), model.region_share)
     levels = levels or model.levels
     for path in paths:
-        outputs = model(read_image(path, levels)[None])
+        try:
+            image = read_image(path, levels)
+        except OSError as error:
+            msg = f"The image {path} cannot be read ({error}); replace or remove it."
+            raise ValueError(msg) from error
+        outputs = model(image[None])
         images.update(outputs[RAW_SCORE])
-        if RAW_MAP in outputs:
+        if RAW_MAP in outputs and model.thresholds.pixel:
             pixels.update(outputs[RAW_MAP])
 
     def scale(scores: HighestScores) -> Scale:

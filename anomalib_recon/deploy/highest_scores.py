@@ -22,7 +22,8 @@ class HighestScores:
     Args:
         max_rate (float): Highest rate that is asked for, in [0, 1).
         num_images (int): Number of images, over all processes together.
-        share (float): Share of the scores that a rate is of; the others are none of the highest.
+        share (float): Share of the scores that a rate is of; the others lie outside a region and never exceed a
+            threshold.
             Defaults to ``1.0``.
     """
 

@@ -88,7 +88,7 @@ def with_raw_outputs(content: bytes) -> bytes:
         content (bytes): Content of the file.
 
     Returns:
-        bytes: The same, with two outputs more.
+        bytes: The same, with raw score and map as outputs, too.
     """
     changed = bytearray(content)
     for field, name in _named(content, VALUE_INFO, VALUE_NAME):

@@ -25,7 +25,8 @@ def read_model(path: Path) -> openvino.Model:
     Returns:
         openvino.Model: The model.
     """
-    return openvino.Core().read_model(path)
+    # not mapped into memory: Windows locks such a file, and it could not be replaced
+    return openvino.Core().read_model(path, config={"ENABLE_MMAP": False})
 
 
 def read_metadata(model: openvino.Model) -> dict[str, str]:
@@ -114,7 +115,7 @@ def write_thresholds(model: openvino.Model, thresholds: Thresholds) -> None:
 
 
 def save_whole(model: openvino.Model, path: Path) -> None:
-    """Write ``.xml`` and ``.bin`` whole or not at all.
+    """Write ``.xml`` and ``.bin``, each of them whole or not at all.
 
     Args:
         model (openvino.Model): The model.

@@ -189,7 +189,8 @@ class RawScoreEvaluator(Evaluator):
     def _read_mask(self, image_path: str, gt_mask: Tensor) -> Tensor:
         """The ground truth of an image at its original size, ``(H, W)``."""
         if mask_path := self._mask_paths.get(image_path):
-            return cast("Tensor", read_mask(mask_path, as_tensor=True))
+            paths = [mask_path] if isinstance(mask_path, str) else mask_path  # MVTec LOCO has several masks an image
+            return torch.stack([cast("Tensor", read_mask(path, as_tensor=True)) for path in paths]).any(dim=0)
         if gt_mask.any():
             msg = f"pixel_size='original' needs a file with the mask of {image_path}; choose pixel_size='model'."
             raise ValueError(msg)

@@ -303,7 +303,7 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
         return features
 
     def training_images(self) -> AnomalibDataset:
-        """The normal training images, without augmentation."""
+        """The normal training images, loaded as test images are."""
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         return normal_images(datamodule.train_data, self)
 
@@ -445,6 +445,25 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
             ValueError: If it is of another model, of a network with other arguments, or of another version.
         """
         self.refuse_other_networks(checkpoint)
+        self.refuse_other_tensors(checkpoint)
+        super().on_load_checkpoint(checkpoint)
+        if TILER in checkpoint and self.tiler is None:
+            self.model.tiler = Tiler(**checkpoint[TILER])
+        if GREY_LEVELS in checkpoint:
+            self.grey_levels = GreyLevels(**checkpoint[GREY_LEVELS])
+        datamodule = getattr(self._trainer, "datamodule", None)
+        if isinstance(datamodule, AnomalibDataModule):
+            datamodule._update_augmentations()  # it has taken the resize of the pre-processor before the checkpoint's
+
+    def refuse_other_tensors(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint with tensors of other names or shapes.
+
+        Args:
+            checkpoint (dict[str, Any]): The checkpoint.
+
+        Raises:
+            ValueError: If it is.
+        """
         saved = {name: value.shape for name, value in checkpoint["state_dict"].items() if name.startswith("model.")}
         different = sorted(saved.keys() ^ {f"model.{name}" for name in self.model.state_dict()})
         if not different:  # a buffer, such as a bank, takes the size that it has in the checkpoint
@@ -456,14 +475,6 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
                 "it is of a network with other arguments, or of another version of anomalib-recon; train anew."
             )
             raise ValueError(msg)
-        super().on_load_checkpoint(checkpoint)
-        if TILER in checkpoint and self.tiler is None:
-            self.model.tiler = Tiler(**checkpoint[TILER])
-        if GREY_LEVELS in checkpoint:
-            self.grey_levels = GreyLevels(**checkpoint[GREY_LEVELS])
-        datamodule = getattr(self._trainer, "datamodule", None)
-        if isinstance(datamodule, AnomalibDataModule):
-            datamodule._update_augmentations()  # it has taken the resize of the pre-processor before the checkpoint's
 
     def refuse_other_networks(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, or of a network that was built with other arguments.

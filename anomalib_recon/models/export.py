@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 OPSET_VERSION = 18
 # how the names of its parameters begin
 BACKBONE = "model.backbone."
+# as many as nncf looks at
+CALIBRATION_STEPS = 300
 LOOPS = {"Loop", "TensorIterator"}
 # what an OpenVINO model computes nothing by: what is behind them is no part of the comparison
 NOT_COMPUTED = {"Constant", "Parameter", "ShapeOf"}
@@ -103,12 +106,15 @@ class CurrentOpsetExport(RawScoreExport):
             msg = "compression_type=int8_ptq needs images to calibrate with: pass datamodule, or --data in a command."
             raise ValueError(msg)
         datamodule.setup("fit")
+        if not hasattr(datamodule, "val_data"):
+            msg = "compression_type=int8_ptq needs validation images to calibrate with: pass another val_split_mode."
+            raise ValueError(msg)
         images = nncf.Dataset(datamodule.val_dataloader(), lambda batch: batch.image)
         floating = comparison_operations(model, self.comparison_layers)
         quantized = nncf.quantize(model, images, ignored_scope=nncf.IgnoredScope(names=floating))
         for loop in _loops(quantized):
             if loop.get_friendly_name() not in floating:
-                steps = list(_steps(quantized, loop, images.get_inference_data()))
+                steps = list(islice(_steps(quantized, loop, images.get_inference_data()), CALIBRATION_STEPS))
                 loop.set_function(nncf.quantize(loop.get_function(), nncf.Dataset(steps)))
         return quantized
 

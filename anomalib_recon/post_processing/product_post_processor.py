@@ -67,6 +67,19 @@ class ProductPostProcessor(FalsePositiveRatePostProcessor):
         for name in VALUES:
             self.register_buffer(name, torch.full((len(self.products),), torch.nan))
 
+    @classmethod
+    def argument_for(cls, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """What ``load_from_checkpoint`` needs for a checkpoint that has thresholds of each product.
+
+        Args:
+            checkpoint (dict[str, Any]): The checkpoint.
+
+        Returns:
+            dict[str, Any]: ``post_processor``, or nothing for other checkpoints.
+        """
+        products = (checkpoint.get("anomalib_post_processor_config") or {}).get("products")
+        return {"post_processor": cls(products)} if products else {}
+
     def checkpoint_config(self) -> dict[str, Any]:
         """Configuration for a checkpoint, with the names of the products."""
         return {**super().checkpoint_config(), "products": self.products}

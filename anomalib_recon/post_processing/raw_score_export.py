@@ -101,14 +101,19 @@ class RawScoreExport:
         Returns:
             Path: The exported ``.xml`` file.
         """
-        with _raw_outputs_in_onnx(self):  # as outputs, they survive conversion and compression
-            path = super().to_openvino(export_root, model_file_name, input_size, *args, **kwargs)  # type: ignore[misc]
-        model = openvino_file.read_model(path)
-        openvino_file.hide_raw_outputs(model)
-        if metadata := _metadata(self):
-            openvino_file.write_metadata(model, metadata)
-        openvino_file.save_whole(model, path)
-        return path
+        root = Path(export_root)
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root) as folder:  # elsewhere until it is complete
+            with _raw_outputs_in_onnx(self):  # as outputs, they survive conversion and compression
+                path = super().to_openvino(folder, model_file_name, input_size, *args, **kwargs)  # type: ignore[misc]
+            model = openvino_file.read_model(path)
+            openvino_file.hide_raw_outputs(model)
+            if metadata := _metadata(self):
+                openvino_file.write_metadata(model, metadata)
+            target = root / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            openvino_file.save_whole(model, target)
+        return target
 
 
 def _metadata(module: RawScoreExport) -> dict[str, str]:

@@ -11,6 +11,7 @@ from anomalib.data.utils import read_mask
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from anomalib_recon.layers import top_mean
 
@@ -130,4 +131,4 @@ def _draw(corners: Polygon) -> Tensor:
     canvas = Image.new("L", (CANVAS, CANVAS))
     # a pixel is inside if its centre is
     ImageDraw.Draw(canvas).polygon([(x * CANVAS - 0.5, y * CANVAS - 0.5) for x, y in points.tolist()], fill=1)
-    return torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8).reshape(CANVAS, CANVAS).bool()
+    return pil_to_tensor(canvas)[0].bool()

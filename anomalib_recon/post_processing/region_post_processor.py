@@ -125,8 +125,14 @@ class RegionPostProcessor(PostProcessor):
         return super().normalized_pixel_threshold if self.enable_normalization else self.pixel_threshold
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say so if pixel metrics will count the outside."""
+        """Look at the region's size, and say so if pixel metrics will count the outside.
+
+        Raises:
+            ValueError: If the region vanishes at the size of the model's images.
+        """
         del trainer, stage
+        if size := getattr(pl_module, "input_size", None):
+            self._check_region(tuple(size))
         evaluator: Any = getattr(pl_module, "evaluator", None)
         if self.region is None or evaluator is None or isinstance(evaluator, RawScoreEvaluator):
             return
@@ -150,13 +156,16 @@ class RegionPostProcessor(PostProcessor):
         if batch.anomaly_map is None:
             msg = "region needs a model with an anomaly map, and this one gives only scores; crop the images instead."
             raise ValueError(msg)
-        size = tuple(batch.anomaly_map.shape[-2:])
-        if not torch.compiler.is_exporting() and not self.region.at(size).any():
-            msg = f"region must hold a pixel of the anomaly map, which has the size {size}; make it wider."
-            raise ValueError(msg)
+        if not torch.compiler.is_exporting():
+            self._check_region(tuple(batch.anomaly_map.shape[-2:]))
         batch.anomaly_map = self.region(batch.anomaly_map)
         batch.pred_score = self.region.score(batch.anomaly_map, self.top_fraction)
         self.region.restrict_truth(batch)
+
+    def _check_region(self, size: tuple[int, int]) -> None:
+        if self.region is not None and not self.region.at(size).any():
+            msg = f"region must hold a pixel of the anomaly map, which has the size {size}; make it wider."
+            raise ValueError(msg)
 
     def inside(self, batch: Any) -> Any:
         """What counts of a restricted batch for thresholds: scores and pixels, as fields of the same names."""

@@ -4,6 +4,8 @@
 
 import copy
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +13,7 @@ from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import ValSplitMode
 from anomalib.metrics import Evaluator
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
@@ -26,8 +28,8 @@ class EndOfFit(Callback):
     """Call the model's ``finish()`` and validate, once, when training ends.
 
     Validation sets the thresholds, and may cost as much as an epoch. It runs during training, too, if somebody asks
-    for it: a callback that monitors a metric of images or pixels, ``val_metrics`` of the evaluator, or
-    ``check_val_every_n_epoch``. ``finish()`` is then called before each validation.
+    for it: a callback that monitors a metric of images or pixels, ``val_metrics`` of the evaluator,
+    ``check_val_every_n_epoch`` or ``val_check_interval``. ``finish()`` is then called before each validation.
 
     The model's ``finish()`` computes what scoring needs beyond the trained weights.
 
@@ -50,7 +52,7 @@ class EndOfFit(Callback):
         self._added = [copy.deepcopy(metric) for metric in _monitored_test_metrics(trainer, evaluator)]
         validated = getattr(evaluator, "val_metrics", nn.ModuleList())
         validated.extend(self._added)
-        self._is_watched = len(validated) > 0 or trainer.check_val_every_n_epoch != 1
+        self._is_watched = len(validated) > 0 or not _is_default(trainer)
         if self._added and _validates_on_test_images(trainer):
             logger.warning(
                 "The validation set holds test images (val_split_mode), so what monitors %s chooses on test images.",
@@ -69,10 +71,20 @@ class EndOfFit(Callback):
         self._added = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put validation off, that of the sanity check included, unless it is watched."""
+        """Put validation off, that of the sanity check included, unless it is watched.
+
+        Raises:
+            ValueError: If checkpoints wait for validations, and there is nothing to validate on.
+        """
         del pl_module
         self._limit: Any = trainer.limit_val_batches
         self._lacks_images = lacks_validation_images(trainer)
+        if (self._lacks_images or not self._limit) and not _saves_after_epochs(trainer):
+            msg = (
+                f"check_val_every_n_epoch={trainer.check_val_every_n_epoch} and val_check_interval have Lightning save "
+                "after validations, and there are no validation images; leave both out."
+            )
+            raise ValueError(msg)
         if self._lacks_images and self._limit:
             logger.warning(
                 "There are no validation images (val_split_mode), so the model gets no thresholds: pass "
@@ -116,8 +128,9 @@ class EndOfFit(Callback):
             for path in checkpoint_files(callback)
         }
         resumed = {Path(trainer.ckpt_path).resolve()} if trainer.ckpt_path else set()
+        final = {name: value.detach().to("cpu", copy=True) for name, value in pl_module.state_dict().items()}
         for path in sorted(paths - resumed):
-            self._complete(path, trainer, pl_module)
+            self._complete(path, trainer, pl_module, final)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the trainer as it was, also after a fit without an epoch."""
@@ -152,18 +165,18 @@ class EndOfFit(Callback):
                 trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
 
-    def _complete(self, path: Path, trainer: Trainer, module: LightningModule) -> None:
+    def _complete(self, path: Path, trainer: Trainer, module: LightningModule, final: dict[str, Tensor]) -> None:
         """Save a checkpoint anew, if it is not of the finished model: with the weights that it has, finished."""
         checkpoint = trainer.strategy.checkpoint_io.load_checkpoint(path, map_location="cpu")
-        final = {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
         is_complete = all(_is_equal(value, final[name]) for name, value in checkpoint["state_dict"].items())
         if trainer.strategy.broadcast(is_complete):
             return
         if checkpoint["global_step"] == trainer.global_step:
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only="optimizer_states" not in checkpoint)
             return
         module.load_state_dict(checkpoint["state_dict"])
-        self._validate(trainer, module)
+        with _no_saving(trainer):  # these weights would be taken for the last ones
+            self._validate(trainer, module)
         checkpoint["state_dict"] = module.state_dict()
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, nn.Module) and callback.state_key in checkpoint.get("callbacks", {}):
@@ -175,6 +188,29 @@ class EndOfFit(Callback):
     def _finish(trainer: Trainer, module: LightningModule) -> None:
         _average_statistics(trainer)
         cast("Any", module).finish()
+
+
+def _is_default(trainer: Trainer) -> bool:
+    """Whether nobody has said when to validate: the integer 1 means each step, and a time is not kept by that name."""
+    interval = getattr(trainer, "val_check_interval", None)
+    return trainer.check_val_every_n_epoch == 1 and isinstance(interval, float) and interval == 1.0
+
+
+def _saves_after_epochs(trainer: Trainer) -> bool:
+    """Whether Lightning saves checkpoints after epochs, and not after validations."""
+    return trainer.check_val_every_n_epoch == 1 and hasattr(trainer, "val_check_interval")
+
+
+@contextmanager
+def _no_saving(trainer: Trainer) -> Iterator[None]:
+    """Run a validation of which callbacks that save or stop learn nothing."""
+    trainer_: Any = trainer
+    callbacks = trainer_.callbacks
+    trainer_.callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint | EarlyStopping)]
+    try:
+        yield
+    finally:
+        trainer_.callbacks = callbacks
 
 
 def _monitored_test_metrics(trainer: Trainer, evaluator: Evaluator | None) -> list[Any]:

@@ -44,10 +44,6 @@ class FeatureBatch:
 
     index: Tensor
 
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.index)
-
 
 class FeatureCache(Callback):
     """Compute the training inputs of a model once, and give its ``training_step`` a :class:`FeatureBatch` each time.
@@ -100,6 +96,12 @@ class FeatureCache(Callback):
             raise ValueError(msg)
         # a fit that no epoch is left for leaves the model as it is; other weights of the backbone may be loaded later.
         # `trainer.ckpt_path` would be that of an earlier run here
+        if stage == "fit" and _has_ended(trainer):
+            logger.warning(
+                "An earlier fit of this trainer has trained all max_epochs=%s, so nothing is trained; use a new "
+                "Engine, or raise max_epochs.",
+                trainer.max_epochs,
+            )
         if stage != "fit" or _has_ended(trainer) or module.loads_start:
             return
         self._prepare(trainer, module, datamodule)

@@ -16,7 +16,7 @@ from .images import check_training_files
 
 logger = logging.getLogger(__name__)
 
-# optimiser steps after which the losses are looked at: a look at each would stop a GPU at each
+# backward passes after which the losses are looked at: a look at each would stop a GPU at each
 STEPS_PER_LOOK = 50
 
 
@@ -29,14 +29,14 @@ class FiniteLoss(Callback):
         self._total = torch.zeros(())
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse weights in half precision, in which small steps and distances are lost, before anything is computed.
+        """Refuse weights in half precision, in which small steps are lost, and in double, before anything is computed.
 
         Raises:
             ValueError: If the trainer has such a precision.
         """
         del pl_module, stage
-        if trainer.precision in {"bf16-true", "16-true"}:
-            msg = f"precision={trainer.precision!r} rounds the weights themselves; pass bf16-mixed or 32."
+        if trainer.precision not in {"32-true", "16-mixed", "bf16-mixed"}:
+            msg = f"precision={trainer.precision!r} changes the weights themselves; pass bf16-mixed or 32."
             raise ValueError(msg)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -72,10 +72,11 @@ class FiniteLoss(Callback):
 
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._total.isfinite():
+            rate = pl_module.hparams.get("learning_rate")
+            lower = f"a lower learning_rate ({rate}) or " if rate else ""
             msg = (
-                f"The loss is {float(self._total)} in epoch {trainer.current_epoch}; train anew with a lower "
-                f"learning_rate ({pl_module.hparams.get('learning_rate')}) or precision 32. The last checkpoint is "
-                "from before."
+                f"The loss is {float(self._total)} in epoch {trainer.current_epoch}; train anew with {lower}"
+                "precision 32. The last checkpoint is from before."
             )
             raise RuntimeError(msg)
         self._total = torch.zeros_like(self._total)
@@ -112,13 +113,14 @@ class ReadableImages(Callback):
         _check_levels(getattr(getattr(trainer, "datamodule", None), "train_data", None), pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare the sizes of tiles and network before a validation of its own.
+        """Compare the sizes of tiles and network before a validation of its own, and look at its images.
 
         Raises:
-            ValueError: If they do not fit.
+            ValueError: If an image cannot be used, the levels are not those of the training, or tiles do not fit.
         """
         if trainer.state.fn == "validate":
             cast("Any", pl_module).check_tiles()
+            _check_loaders(trainer.val_dataloaders, pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the model, and at the headers of the test images.
@@ -146,7 +148,7 @@ def _check_model(module: Any) -> None:
     has_labels = getattr(module.post_processor, "enable_thresholding", False)
     if has_labels and isinstance(threshold, Tensor) and bool(threshold.isnan().all()):
         logger.warning(
-            "The model has no thresholds, so labels compare raw scores with 0.5. Either its training has not ended "
+            "The model has no thresholds, so its labels mean nothing. Either its training has not ended "
             "(continue it by `anomalib fit --ckpt_path`), or it had no validation images."
         )
 
@@ -163,7 +165,7 @@ def _check_loaders(loaders: Any, module: Any) -> None:
 
 
 def _check_levels(dataset: Any, module: Any) -> None:
-    """Refuse images that are read by other levels than those that the model was trained on."""
+    """Refuse images that are read by other levels than those that the model was trained on, if it has any."""
     trained, given = module.grey_levels, levels_of(dataset)
     if trained and not given and isinstance(dataset, AnomalibDataset | PredictDataset):
         msg = (

@@ -15,7 +15,7 @@ from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import Resize
+from torchvision.transforms.v2 import Compose, Resize
 
 from .image_files import check_image_files, check_mask_files, levels_of
 
@@ -28,12 +28,12 @@ def normal_indices(dataset: AnomalibDataset) -> Sequence[int]:
 
 
 def normal_images(dataset: AnomalibDataset, module: AnomalibModule) -> AnomalibDataset:
-    """Normal images of a dataset, loaded as anomalib loads images at inference: without augmentation.
+    """Normal images of a dataset, loaded as anomalib loads test images.
 
     Args:
         dataset (AnomalibDataset): Training or validation images.
-        module (AnomalibModule): The model. anomalib applies the resize of its pre-processor to each image before it
-            makes batches.
+        module (AnomalibModule): The model. anomalib applies the datamodule's ``test_augmentations`` and the resize of
+            the model's pre-processor to each image before it makes batches.
 
     Returns:
         AnomalibDataset: A copy.
@@ -49,8 +49,11 @@ def normal_images(dataset: AnomalibDataset, module: AnomalibModule) -> AnomalibD
         )
         raise ValueError(msg)
     dataset = dataset.subsample(normal)
-    transform = getattr(module.pre_processor, "transform", None)
-    dataset.augmentations = next(iter(extract_transforms_by_type(transform, Resize)), None)
+    datamodule = getattr(module._trainer, "datamodule", None)  # without a trainer, `trainer` is an error
+    given = getattr(datamodule, "test_augmentations", None)
+    resizes = extract_transforms_by_type(getattr(module.pre_processor, "transform", None), Resize)[:1]
+    transforms = [*filter(None, [given]), *resizes]
+    dataset.augmentations = Compose(transforms) if transforms else None
     return dataset
 
 
@@ -159,4 +162,5 @@ def check_training_files(datamodule: Any, module: AnomalibModule) -> None:
         check_image_files(dataset.samples.image_path, deep_grey=levels_of(dataset) is not None)
         if dataset.task == TaskType.SEGMENTATION:
             anomalous = dataset.samples.label_index == LabelName.ABNORMAL
-            check_mask_files(filter(None, dataset.samples.mask_path[anomalous]))
+            masks = filter(None, dataset.samples.mask_path[anomalous])  # MVTec LOCO has several an image
+            check_mask_files(path for mask in masks for path in ([mask] if isinstance(mask, str) else mask))

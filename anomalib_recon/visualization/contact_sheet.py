@@ -56,7 +56,7 @@ class ContactSheetVisualizer(ReconstructionVisualizer):
     """Visualizer that also draws a contact sheet of each test, ``contact_sheet.png`` in the folder of its results.
 
     It shows the distribution of the scores of good and of defective images with the threshold, up to ten defective
-    images that were missed by most, and up to ten good images that were called anomalous by most, each beside its
+    images missed by the widest margin, and up to ten good images called anomalous by the widest margin, each beside its
     anomaly map. The colours of all maps have one scale, in whose middle the threshold is.
 
     In a run of several processes, the sheet is of what the first of them has tested.
@@ -134,8 +134,8 @@ class ContactSheetVisualizer(ReconstructionVisualizer):
 
 def _threshold(module: Any, kind: Literal["image", "pixel"]) -> float:
     """Threshold of a model's scores as they are given out."""
-    processor = module.post_processor
-    return float(getattr(processor, f"{'normalized_' if processor.enable_normalization else ''}{kind}_threshold"))
+    threshold = float(getattr(module.post_processor, f"normalized_{kind}_threshold"))
+    return 0.5 if math.isnan(threshold) else threshold  # with which anomalib compares scores that have none
 
 
 def _thumbnails(item: ImageItem) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None]:
@@ -206,13 +206,15 @@ def _draw_cases(figure: SubFigure, cases: list[Case], rows: int, threshold: floa
     axes = figure.subplots(rows, COLUMNS, squeeze=False).flatten()
     for axis in axes:
         axis.set_axis_off()
-    highest = max([2 * threshold, *(float(case.anomaly_map.max()) for case in cases if case.anomaly_map is not None)])
+    maps = [case.anomaly_map for case in cases if case.anomaly_map is not None]
+    lowest = min([0.0, 2 * threshold, *(float(values.min()) for values in maps)])
+    highest = max([2 * threshold - lowest, *(float(values.max()) for values in maps)])
     for axis, case in zip(axes, cases, strict=False):
         height, width = case.image.shape[:2]
         axis.imshow(case.image, extent=(0, width, height, 0))
         if case.anomaly_map is not None:
             # two halves of one scale: the threshold is in the middle of the colours, however high maps rise
-            colours = np.interp(case.anomaly_map, [0, threshold, highest], [0, 0.5, 1])
+            colours = np.interp(case.anomaly_map, [lowest, threshold, highest], [0, 0.5, 1])
             axis.imshow(colours, cmap="coolwarm", vmin=0, vmax=1, extent=(width, 2 * width, height, 0))
         axis.set(xlim=(0, 2 * width), ylim=(height, 0))
         path = Path(case.path)

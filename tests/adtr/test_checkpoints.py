@@ -57,10 +57,10 @@ def test_engine_exports_a_checkpoint(trained: tuple[ADTR, str], tmp_path: Path) 
 @pytest.mark.parametrize(
     ("start", "words"),
     [
-        (lambda: Padim(backbone="resnet18", pre_trained=False), "^The checkpoint is not one of ADTR"),
+        (lambda: Padim(backbone="resnet18", pre_trained=False), r"^normal_checkpoint=.*\.ckpt .* not one of ADTR"),
         (
             lambda: ADTR(**{**SMALL, "mlp_dim": 16}, pre_trained=False),
-            r"^The checkpoint needs .* mlp_dim=16 \(not 32\)",
+            r"^normal_checkpoint=.*\.ckpt .* mlp_dim=16 \(not 32\)",
         ),
     ],
 )

@@ -6,6 +6,7 @@ import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openvino
@@ -15,7 +16,7 @@ from anomalib.data import NumpyImageBatch, PredictDataset
 from anomalib.deploy import ExportType, OpenVINOInferencer
 from PIL import Image
 
-from anomalib_recon.deploy import onnx_file
+from anomalib_recon.deploy import onnx_file, openvino_file
 from tests.exports import FP32, expected_from, run
 from tests.tiny_models import OWN_SIZE, Trained, demo_data, demo_images, engine_in
 
@@ -118,17 +119,19 @@ def test_an_export_that_was_broken_off_cannot_be_read(
     read(path)
 
 
+@pytest.mark.parametrize(("method", "module"), [("to_onnx", onnx_file), ("to_openvino", openvino_file)])
 def test_an_interrupted_export_leaves_the_one_before(
-    trained: Trained, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Trained, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, module: Any
 ) -> None:
-    path = trained.model.to_onnx(tmp_path)
+    export = getattr(trained.model, method)
+    path = export(tmp_path)
     before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
 
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(onnx_file, "save_whole", interrupt)
+    monkeypatch.setattr(module, "save_whole", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        trained.model.to_onnx(tmp_path)
+        export(tmp_path)
     assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["weights"]

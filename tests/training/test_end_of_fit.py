@@ -155,6 +155,22 @@ def test_without_validation_images_a_model_is_trained_and_saved(
     assert caplog.messages[-1].startswith("The model has no thresholds")
 
 
+@pytest.mark.parametrize("trainer", [{"check_val_every_n_epoch": 2}, {"val_check_interval": "00:00:00:01"}], ids=str)
+def test_checkpoints_that_wait_for_validations_without_images_are_refused(
+    stripes: Path, tmp_path: Path, trainer: dict
+) -> None:
+    engine = engine_in(tmp_path, **trainer)
+    with pytest.raises(ValueError, match="have Lightning save after validations, and there are no validation images"):
+        engine.fit(build("SAAE"), datamodule=data(stripes, val_split_mode="none"))
+    assert engine.trainer.global_step == 0
+
+
+def test_validation_within_epochs_without_a_watcher(stripes: Path, tmp_path: Path) -> None:
+    watch = Watch()
+    engine_in(tmp_path, watch, max_epochs=2, val_check_interval=1).fit(build("SAAE"), datamodule=data(stripes))
+    assert watch.validated == [1, 1, 1, 2, 2, 2]
+
+
 def test_validation_every_second_epoch(name: str, stripes: Path, tmp_path: Path) -> None:
     watch, model = Watch(), build(name)
     best = ModelCheckpoint(tmp_path, monitor="pixel_AUROC", mode="max", save_top_k=-1, filename="{epoch}")
@@ -220,6 +236,25 @@ def test_a_checkpoint_from_before_the_end_is_completed(name: str, stripes: Path,
     if checkpoint["global_step"] == engine.trainer.global_step:
         for key, value in model.state_dict().items():
             assert torch.equal(checkpoint["state_dict"][key], value), key
+
+
+def test_a_checkpoint_that_is_completed_is_not_saved_as_the_last_one(stripes: Path, tmp_path: Path) -> None:
+    saved = ModelCheckpoint(tmp_path, every_n_epochs=2, filename="{epoch}")
+    engine = engine_in(tmp_path, saved, check_val_every_n_epoch=2)
+    engine.fit(build("SAAE"), datamodule=data(stripes))
+    [path] = tmp_path.glob("*.ckpt")
+    assert str(path) == saved.best_model_path
+    checkpoint = torch.load(path, weights_only=True)
+    assert (checkpoint["epoch"], checkpoint["global_step"]) == (1, 6)
+    assert checkpoint["state_dict"]["post_processor._image_threshold"].isfinite()
+
+
+def test_a_checkpoint_without_the_optimiser_stays_one(stripes: Path, tmp_path: Path) -> None:
+    saved = ModelCheckpoint(tmp_path, every_n_train_steps=9, save_weights_only=True)
+    engine_in(tmp_path, saved).fit(build("SAAE"), datamodule=data(stripes))
+    checkpoint = torch.load(saved.best_model_path, weights_only=True)
+    assert "optimizer_states" not in checkpoint
+    assert checkpoint["state_dict"]["post_processor._image_threshold"].isfinite()
 
 
 def test_all_checkpoints_of_the_training_loss_are_completed(stripes: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import Compose, RandomHorizontalFlip, Resize
+from torchvision.transforms.v2 import CenterCrop, Compose, RandomHorizontalFlip, Resize
 
 from anomalib_recon.data import LabelledFolder
 from anomalib_recon.metrics import AUROC, RawScoreEvaluator
@@ -29,6 +29,7 @@ from anomalib_recon.pre_processing import ExactResizePreProcessor
 from anomalib_recon.training import FeatureBatch
 from tests.conftest import images_in
 from tests.decodes import count_decodes
+from tests.tiny_models import build as build_tiny
 
 ARGUMENTS: dict[type[ADTR | SAAE], dict[str, Any]] = {
     ADTR: {
@@ -451,6 +452,24 @@ def test_off_where_features_are_beyond_half_precision(
 def test_a_cycle_of_the_learning_rate_leaves_it_on(stripes: Path, tmp_path: Path) -> None:
     _, watch = train(build(ADTR, use_one_cycle=True), data(stripes), tmp_path, max_epochs=2)
     assert watch.cached == 6 * [True]
+
+
+@pytest.mark.parametrize("feature_cache_gib", [0.0, 1.0])
+def test_statistics_are_of_images_as_the_test_crops_them(
+    stripes: Path, tmp_path: Path, feature_cache_gib: float
+) -> None:
+    models = [
+        build_tiny("FeatureInpainting", image_size=32, rank=0, feature_cache_gib=feature_cache_gib) for _ in range(2)
+    ]
+    weights, _ = train(models[0], data(stripes, augmentations=CenterCrop(16)), tmp_path / "cropped", max_epochs=1)
+    root = shutil.copytree(stripes, tmp_path / "data")
+    for path in root.rglob("train/good/*.png"):
+        with Image.open(path) as image:
+            image.load()
+            image.crop((24, 24, 40, 40)).save(path)
+    expected, _ = train(models[1], data(root), tmp_path, max_epochs=1)
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-4)
 
 
 def test_off_without_a_datamodule(stripes: Path, tmp_path: Path) -> None:

@@ -63,9 +63,10 @@ def assert_finite_weights(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["FeatureInpainting", "InTra"])
-def test_weights_in_half_precision_are_refused(name: str, stripes: Path, tmp_path: Path) -> None:
-    engine = engine_in(tmp_path, precision="bf16-true")
-    with pytest.raises(ValueError, match="precision='bf16-true' rounds the weights themselves; pass bf16-mixed"):
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_weights_in_other_precisions_are_refused(name: str, precision: str, stripes: Path, tmp_path: Path) -> None:
+    engine = engine_in(tmp_path, precision=precision)
+    with pytest.raises(ValueError, match=f"precision='{precision}' changes the weights themselves; pass bf16-mixed"):
         engine.fit(build_tiny(name), datamodule=data(stripes))
 
 
@@ -180,7 +181,7 @@ def test_several_dataloaders_are_looked_at(own_stripes: Path, tmp_path: Path) ->
 
 def test_half_weights_are_refused_in_use_too(stripes: Path, tmp_path: Path) -> None:
     engine = engine_in(tmp_path, precision="bf16-true")
-    with pytest.raises(ValueError, match="precision='bf16-true' rounds the weights themselves; pass bf16-mixed or 32"):
+    with pytest.raises(ValueError, match="precision='bf16-true' changes the weights themselves; pass bf16-mixed or 32"):
         engine.test(build_tiny("FeatureInpainting"), datamodule=data(stripes))
 
 

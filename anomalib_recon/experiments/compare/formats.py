@@ -185,7 +185,7 @@ def _auroc(infer: Infer, trained: Trained) -> dict[str, float]:
         outputs = infer(batch.image)
         if transform and batch.gt_mask is not None:  # some crop images and masks
             _, batch.gt_mask = transform(batch.image, batch.gt_mask)
-        batch.update(pred_score=outputs["pred_score"].flatten(), anomaly_map=outputs["anomaly_map"])
+        batch.update(pred_score=outputs["pred_score"].flatten(), anomaly_map=outputs.get("anomaly_map"))
         for metric in metrics:
             metric.update(batch)
     return {metric.name: metric.compute().item() for metric in metrics if metric.update_called}

@@ -156,14 +156,20 @@ def chosen_cases(scores: Scores) -> list[tuple[str, int]]:
 
 
 def cases(
-    scores: Scores, maps: torch.Tensor, masks: torch.Tensor, threshold: float, levels: GreyLevels | None = None
+    scores: Scores,
+    chosen: Sequence[tuple[str, int]],
+    maps: torch.Tensor,
+    masks: torch.Tensor,
+    threshold: float,
+    levels: GreyLevels | None = None,
 ) -> bytes:
     """Contact sheet of the best and worst cases of a model: image, ground truth and anomaly map with score.
 
     Args:
-        scores (Scores): Scores of N test images.
-        maps (torch.Tensor): Raw anomaly maps, (N, H, W).
-        masks (torch.Tensor): Ground truth masks, (N, H, W).
+        scores (Scores): Scores of the test images.
+        chosen (Sequence[tuple[str, int]]): What :func:`chosen_cases` returned, N cases.
+        maps (torch.Tensor): Their raw anomaly maps, (N, H, W).
+        masks (torch.Tensor): Their ground truth masks, (N, H, W).
         threshold (float): Image threshold.
         levels (GreyLevels | None): Those of the datamodule, for images with more than 8 bits of grey.
             Defaults to ``None``.
@@ -171,15 +177,13 @@ def cases(
     Returns:
         bytes: PNG file. All maps share one scale, from the lowest to the highest value of those shown.
     """
-    chosen = chosen_cases(scores)
-    indices = [index for _, index in chosen]
-    low, high = maps[indices].min().item(), maps[indices].max().item()
+    low, high = maps.min().item(), maps.max().item()
     figure = Figure(figsize=(1.35 * len(chosen), 4.5), layout="constrained")
     panels = figure.subplots(3, len(chosen), squeeze=False)
     for column, (kind, index) in enumerate(chosen):
         panels[0, column].imshow(thumbnail(scores.paths[index], levels))
-        panels[1, column].imshow(masks[index], cmap="gray", vmin=0, vmax=1)
-        panels[2, column].imshow(maps[index], cmap="inferno", vmin=low, vmax=high)
+        panels[1, column].imshow(masks[column], cmap="gray", vmin=0, vmax=1)
+        panels[2, column].imshow(maps[column], cmap="inferno", vmin=low, vmax=high)
         is_right = (scores.scores[index] > threshold) == scores.labels[index]
         verdict = f"{scores.scores[index]:.3g} {'right' if is_right else 'wrong'}"
         panels[2, column].set_xlabel(verdict, fontsize=8, color="black" if is_right else DEFECTIVE)

@@ -2,6 +2,7 @@
 
 """Which model to take: all data sets of a comparison in one table and one sentence."""
 
+import math
 from collections.abc import Mapping
 
 import pandas as pd
@@ -23,25 +24,27 @@ def rank_models(results: pd.DataFrame, scores: Mapping[tuple[str, str], Scores])
     Returns:
         pd.DataFrame: A line for each model that is finished on all data sets, the best first: means of
         ``image_AUROC``, ``pixel_AUPRO`` and ``milliseconds``, and sums over the test images: ``found`` of
-        ``defective``, and ``false_alarms`` among ``good``.
+        ``defective``, and ``false_alarms`` among ``good``, NaN of a model without thresholds.
     """
     frame = results.copy()
     frame["milliseconds"] = frame["openvino_ms"].fillna(frame["torch_ms"])
-    counts = [_counts(scores[line.data, line.model], line.threshold) for line in frame.itertuples()]
-    frame = frame.join(pd.DataFrame(counts, index=frame.index))
+    of_lines = [_counts(scores[line.data, line.model], line.threshold) for line in frame.itertuples()]
+    frame = frame.join(pd.DataFrame(of_lines, index=frame.index))
     means = dict.fromkeys(("image_AUROC", "pixel_AUPRO", "milliseconds"), "mean")
-    sums = dict.fromkeys(("found", "defective", "false_alarms", "good"), "sum")
+    counts = ("found", "defective", "false_alarms", "good")
+    sums = dict.fromkeys(counts, lambda column: column.sum(skipna=False))
     grouped = frame.groupby("model", sort=False)
     ranking = grouped.agg({**means, **sums})[grouped["data"].nunique() == frame["data"].nunique()]
     return ranking.sort_values("image_AUROC", ascending=False, kind="stable")
 
 
-def _counts(scores: Scores, threshold: float) -> dict[str, int]:
+def _counts(scores: Scores, threshold: float) -> dict[str, float]:
     called = scores.scores > threshold
+    has_threshold = not math.isnan(threshold)
     return {
-        "found": int((called & scores.labels).sum()),
+        "found": int((called & scores.labels).sum()) if has_threshold else math.nan,
         "defective": int(scores.labels.sum()),
-        "false_alarms": int((called & ~scores.labels).sum()),
+        "false_alarms": int((called & ~scores.labels).sum()) if has_threshold else math.nan,
         "good": int((~scores.labels).sum()),
     }
 
@@ -60,11 +63,14 @@ def advise(ranking: pd.DataFrame, num_data: int) -> str:
         return ""
     best, others = ranking.iloc[0], ranking.iloc[1:]
     where = "" if num_data == 1 else f" on average over {num_data} data sets"
-    text = (
-        f"Take {ranking.index[0]}. Its image AUROC is {best['image_AUROC']:.3f}{where}; by its own threshold it finds "
-        f"{best['found']:.0f} of {best['defective']:.0f} defective images and calls {best['false_alarms']:.0f} of "
-        f"{best['good']:.0f} good ones defective."
-    )
+    text = f"Take {ranking.index[0]}. Its image AUROC is {best['image_AUROC']:.3f}{where}"
+    if pd.isna(best["found"]):
+        text += "; it has no thresholds."
+    else:
+        text += (
+            f"; by its own threshold it finds {best['found']:.0f} of {best['defective']:.0f} defective images and "
+            f"calls {best['false_alarms']:.0f} of {best['good']:.0f} good ones defective."
+        )
     if others.empty:
         return text
     behind = best["image_AUROC"] - others["image_AUROC"]

@@ -3,16 +3,16 @@
 """Train, test, export and time each model of a comparison on each data set."""
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.deploy import ExportType
-from anomalib.post_processing import PostProcessor
 
 from anomalib_recon.experiments.training import (
     Trained,
@@ -25,11 +25,19 @@ from anomalib_recon.experiments.training import (
 )
 from anomalib_recon.files import write_whole
 from anomalib_recon.metrics import RawScoreEvaluator
+from anomalib_recon.post_processing.raw_score_export import find_thresholds
 from anomalib_recon.training.image_files import levels_of
 
 from .formats import measure_formats
-from .plots import cases
-from .scores import Scores, openvino_megabytes, openvino_milliseconds, score, torch_milliseconds
+from .plots import cases, chosen_cases
+from .scores import (
+    Scores,
+    maps_and_masks,
+    openvino_megabytes,
+    openvino_milliseconds,
+    score,
+    torch_milliseconds,
+)
 from .training_images import score_training_images, training_picture
 
 logger = logging.getLogger(__name__)
@@ -103,13 +111,16 @@ class Run:
         trained = train(self._write_config(), self.folder, self.seed, _prepare)
         datamodule = trained.datamodule
         # before the test, which takes the training's data from the trainer, and the model from its device
-        scores, maps, masks = score(trained)
+        scores = score(trained)
+        chosen = chosen_cases(scores)
+        maps, masks = maps_and_masks(trained, [index for _, index in chosen])
         training = score_training_images(trained.model, datamodule.train_data, datamodule.eval_batch_size)
         [metrics] = trained.engine.test(trained.model, datamodule=trained.datamodule)
-        threshold = cast("PostProcessor", trained.model.post_processor).image_threshold.item()
+        found = find_thresholds(trained.model.post_processor)
+        threshold = found.image.raw_limit(normalized=found.normalized) if found else math.nan
         write_whole(self.folder / "scores.npz", scores.to_bytes())
         levels = levels_of(datamodule)
-        write_whole(self.folder / "cases.png", cases(scores, maps, masks, threshold, levels))
+        write_whole(self.folder / "cases.png", cases(scores, chosen, maps, masks, threshold, levels))
         write_whole(self.folder / "training_scores.npz", training.to_bytes())
         write_whole(self.folder / "training_images.png", training_picture(training, levels))
         device = trained.engine.trainer.strategy.root_device
@@ -184,14 +195,20 @@ def read_runs(config: Path, output: Path, arguments: Sequence[str] = ()) -> list
     if lacking:
         msg = f"--config {config} has no {' and no '.join(lacking)}: see configs/compare/demo.yaml for the format."
         raise ValueError(msg)
+    wrong = [
+        name for key in ("models", "datasets") for name, entry in parts[key].items() if not isinstance(entry, dict)
+    ]
+    if wrong:
+        msg = f"--config {config}: {wrong[0]} must have arguments, as in configs/compare/demo.yaml, and has none."
+        raise ValueError(msg)
     runs = [
         Run(
-            model=model,
-            data=data,
+            model=str(model),
+            data=str(data),
             config={**settings, "data": dataset},
             arguments=arguments,
             seed=content.get("seed", 0),
-            folder=output / _folder_name(data) / _folder_name(model),
+            folder=output / _folder_name(str(data)) / _folder_name(str(model)),
             formats=content.get("formats", False),
         )
         for data, dataset in content["datasets"].items()

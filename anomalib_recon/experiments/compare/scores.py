@@ -56,22 +56,20 @@ class Scores:
             return cls(content["paths"].tolist(), content["labels"], content["scores"])
 
 
-def score(trained: Trained) -> tuple[Scores, torch.Tensor, torch.Tensor]:
+def score(trained: Trained) -> Scores:
     """Score the test images.
 
     Args:
         trained (Trained): The model.
 
     Returns:
-        tuple[Scores, torch.Tensor, torch.Tensor]: The scores, the raw anomaly maps and the ground truth masks, both
-        (N, PICTURE_SIZE, PICTURE_SIZE), with NaN where the model makes no map or the data have no mask.
+        Scores: Their scores, in the order of the test set.
     """
     trainer = trained.engine.trainer
     trained.model.to(trainer.strategy.root_device)
     paths: list[str] = []
     labels: list[bool] = []
     scores: list[float] = []
-    maps, masks = [], []
     for batch in score_images(trainer, trained.model, trained.datamodule.test_data):
         assert batch.image_path is not None
         assert batch.gt_label is not None
@@ -79,9 +77,28 @@ def score(trained: Trained) -> tuple[Scores, torch.Tensor, torch.Tensor]:
         paths += [str(path) for path in batch.image_path]
         labels += batch.gt_label.tolist()
         scores += batch.pred_score.flatten().double().tolist()
-        maps.append(_as_picture(batch.anomaly_map, len(batch.image_path)))
-        masks.append(_as_picture(batch.gt_mask, len(batch.image_path)))
-    return Scores(paths, np.array(labels, dtype=np.bool_), np.array(scores)), torch.cat(maps), torch.cat(masks)
+    return Scores(paths, np.array(labels, dtype=np.bool_), np.array(scores))
+
+
+def maps_and_masks(trained: Trained, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score some of the test images again, for pictures.
+
+    Args:
+        trained (Trained): The model.
+        indices (Sequence[int]): Their places in the test set.
+
+    Returns:
+        tuple[torch.Tensor, torch.Tensor]: Raw anomaly maps and ground truth masks, both
+        ``(N, PICTURE_SIZE, PICTURE_SIZE)``, with NaN where the model makes no map or the data have no mask.
+    """
+    shown = sorted(set(indices))
+    some = trained.datamodule.test_data.subsample(shown)
+    maps, masks = [], []
+    for batch in score_images(trained.engine.trainer, trained.model, some):
+        maps.append(_as_picture(batch.anomaly_map, batch.batch_size))
+        masks.append(_as_picture(batch.gt_mask, batch.batch_size))
+    places = [shown.index(index) for index in indices]
+    return torch.cat(maps)[places], torch.cat(masks)[places]
 
 
 def _as_picture(values: torch.Tensor | None, batch_size: int) -> torch.Tensor:

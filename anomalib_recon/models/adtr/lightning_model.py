@@ -236,7 +236,12 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
             )
             raise ValueError(msg)
         checkpoint = load_checkpoint(self.normal_checkpoint, "normal_checkpoint")
-        self.refuse_other_networks(checkpoint)
+        try:
+            self.refuse_other_networks(checkpoint)
+            self.refuse_other_tensors(checkpoint)
+        except ValueError as error:
+            msg = f"normal_checkpoint={self.normal_checkpoint} cannot be started from. {error}"
+            raise ValueError(msg) from error
         weights = {key: value for key, value in checkpoint["state_dict"].items() if key.startswith("model.")}
         self.load_state_dict(weights, strict=False)
 

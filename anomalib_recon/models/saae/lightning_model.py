@@ -219,7 +219,10 @@ class SAAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
             ValueError: If there is no autoencoder, as nobody has looked for its latent width.
         """
         if self.model.autoencoder is None:
-            msg = "latent_dim must be given when training without a datamodule; pass it, or a datamodule."
+            msg = (
+                "SAAE has no latent_dim yet: pass it, or a datamodule; and a new Engine, if this one has trained "
+                "another model."
+            )
             raise ValueError(msg)
         optimizer = torch.optim.Adam(self.model.autoencoder.parameters(), lr=self.learning_rate)
         return one_cycle(optimizer, self) if self.use_one_cycle else optimizer  # type: ignore[return-value]

@@ -12,7 +12,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.tv_tensors import Mask
 
-from anomalib_recon.visualization import ContactSheetVisualizer, ReconstructionVisualizer, draw_attention
+from anomalib_recon.visualization import (
+    AttentionVisualizer,
+    ContactSheetVisualizer,
+    ReconstructionVisualizer,
+    draw_attention,
+)
 from tests.tiny_models import build, demo_data, engine_in, train
 
 SIDE = 256  # a panel's side in anomalib's pictures
@@ -122,6 +127,22 @@ def test_pictures_are_saved_during(stage, items, tmp_path):
             _assert_shows(picture, item)
 
 
+def test_images_of_one_name_in_several_folders_have_a_picture_each(tmp_path) -> None:
+    items = []
+    for folder in ("left", "right"):
+        path = tmp_path / folder / "0.png"
+        path.parent.mkdir()
+        Image.new("RGB", (SIDE, SIDE)).save(path)
+        items.append(ImageItem(image=torch.zeros(3, SIDE, SIDE), image_path=str(path)))
+    trainer = Trainer(
+        accelerator="cpu", callbacks=ReconstructionVisualizer(), default_root_dir=tmp_path, enable_checkpointing=False,
+        enable_progress_bar=False, logger=False,
+    )  # fmt: skip
+    for _ in range(2):  # the second run replaces the pictures of the first
+        trainer.predict(_Inverter(), DataLoader(items, batch_size=2, collate_fn=ImageBatch.collate))
+        assert len(list((tmp_path / "images").rglob("*.png"))) == 2
+
+
 def test_attention_is_drawn_where_it_is() -> None:
     shares = torch.zeros(4, 8)
     shares[1, 6], shares[2, 6] = 0.75, 0.25
@@ -134,6 +155,32 @@ def test_attention_is_drawn_where_it_is() -> None:
     assert red[1, 6] == red.max() > 0
     assert np.unique(red).size == 3
     assert patches[2, 6].tolist() != patches[0, 0].tolist()
+
+
+def test_pictures_of_a_test_show_where_the_most_anomalous_patch_was_painted_from(demo, tmp_path) -> None:
+    seen = []
+
+    class Watched(AttentionVisualizer):
+        def visualize(self, predictions):
+            picture = super().visualize(predictions)
+            seen.append((predictions, picture))
+            return picture
+
+    model = train(build("InTra", visualizer=Watched(field_size=(64, 64))), demo, tmp_path / "trained").model
+    engine_in(tmp_path / "test").test(model, datamodule=demo_data(demo), verbose=False)
+    assert len(seen) == 14
+    for item, picture in seen:
+        assert picture.size == (7 * 64, 64)  # with attention, one more than without
+        of_patches = item.anomaly_map.reshape(8, 8, 8, 8).mean(dim=(1, 3))
+        row, col = divmod(int(of_patches.argmax()), 8)
+        expected = draw_attention(item.image, model.model.attention_rollout(item.image, row, col), row, col)
+        assert torch.equal(item.attention, torch.from_numpy(np.array(expected)).permute(2, 0, 1) / 255)
+
+
+def test_attention_is_of_intra_alone(demo, tmp_path) -> None:
+    model = build("ADTR", visualizer=AttentionVisualizer())
+    with pytest.raises(ValueError, match="AttentionVisualizer is for InTra, got ADTR; leave visualizer out"):
+        engine_in(tmp_path).test(model, datamodule=demo_data(demo))
 
 
 def test_titles_are_not_cut_off() -> None:

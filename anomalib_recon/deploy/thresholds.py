@@ -57,8 +57,8 @@ def main(args: Sequence[str] | None = None) -> Thresholds:
     print(f"thresholds of raw scores, from {len(paths)} images")
     for kind in ("image", "pixel"):
         if after := getattr(new, kind):
-            before = getattr(old, kind)
-            print(f"{kind}  {before.threshold:.6g} -> {after.threshold:.6g}")
+            before = getattr(old, kind).raw_limit(normalized=old.normalized)
+            print(f"{kind}  {before:.6g} -> {after.raw_limit(normalized=new.normalized):.6g}")
     print(f"written to {options.output or options.model}")
     return new
 

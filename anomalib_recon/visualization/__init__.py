@@ -2,8 +2,8 @@
 
 """Result pictures that show what a model reconstructed, where it looked, and what it was wrong about."""
 
-from .attention import draw_attention
+from .attention import AttentionVisualizer, draw_attention
 from .contact_sheet import ContactSheetVisualizer
 from .visualizer import ReconstructionVisualizer
 
-__all__ = ["ContactSheetVisualizer", "ReconstructionVisualizer", "draw_attention"]
+__all__ = ["AttentionVisualizer", "ContactSheetVisualizer", "ReconstructionVisualizer", "draw_attention"]

@@ -88,7 +88,7 @@ class ContactSheetVisualizer(ReconstructionVisualizer):
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Begin a new sheet."""
-        del trainer, pl_module
+        super().on_test_start(trainer, pl_module)
         self.reset()
 
     def on_test_batch_end(

@@ -27,6 +27,7 @@ from anomalib_recon.deploy.grey_levels import is_deep
 
 # anomalib draws a field with the function of that module that bears its name.
 functional.visualize_reconstruction = functional.visualize_image  # type: ignore[attr-defined]
+functional.visualize_attention = functional.visualize_image  # type: ignore[attr-defined]
 
 
 class ReconstructionVisualizer(ImageVisualizer):
@@ -55,6 +56,7 @@ class ReconstructionVisualizer(ImageVisualizer):
         super().__init__(fields or ["image", "gt_mask", "reconstruction", "anomaly_map"], **kwargs)
         # anomalib's own size cuts off the longest title, "Image + Anomaly Map"
         self.text_config = {**self.text_config, "size": self.text_config["size"] or self.field_size[0] // 16}
+        self._saved: set[Path] = set()
 
     def visualize(
         self, predictions: ImageItem | NumpyImageItem | ImageBatch | NumpyImageBatch
@@ -74,6 +76,13 @@ class ReconstructionVisualizer(ImageVisualizer):
         pictures: list[Any] = [self.visualize(item) for item in _hand_out_reconstruction(predictions)]
         return pictures[0] if len(pictures) == 1 else pictures
 
+    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Let pictures replace those of an earlier run."""
+        del trainer, pl_module
+        self._saved = set()
+
+    on_predict_start = on_test_start
+
     def on_test_batch_end(
         self,
         trainer: Trainer,
@@ -83,7 +92,10 @@ class ReconstructionVisualizer(ImageVisualizer):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Save one picture for each image; anomalib's ``on_predict_batch_end`` calls this too."""
+        """Save one picture for each image; anomalib's ``on_predict_batch_end`` calls this too.
+
+        Images of one name in several folders get a number each, if their folders do not tell them apart.
+        """
         del pl_module, outputs, batch_idx, dataloader_idx
         self.output_dir = self.output_dir or Path(trainer.default_root_dir) / "images"
         datamodule = getattr(trainer, "datamodule", None)
@@ -96,22 +108,27 @@ class ReconstructionVisualizer(ImageVisualizer):
                     dataset_name=getattr(datamodule, "name", None),
                     category=getattr(datamodule, "category", None),
                 )
+                if path in self._saved:
+                    path = path.with_stem(f"{path.stem}_{len(self._saved)}")
+                self._saved.add(path)
                 picture.save(path)
 
 
 @dataclass
 class _ReconstructionItem(ImageItem):
-    """An item with a reconstruction of shape ``(3, H, W)``."""
+    """An item with pictures of its own, of shape ``(3, H, W)``."""
 
     reconstruction: Tensor | None = None
+    attention: Tensor | None = None
 
 
 @dataclass
 class _ReconstructionBatch(ImageBatch):
-    """A batch whose items have a reconstruction."""
+    """A batch whose items have pictures of their own."""
 
     item_class: ClassVar[type[ImageItem]] = _ReconstructionItem
     reconstruction: Tensor | None = None
+    attention: Tensor | None = None
 
 
 def _hand_out_reconstruction(batch: ImageBatch) -> ImageBatch:

@@ -62,6 +62,17 @@ def test_a_changed_part_of_an_image_is_found_where_it_is() -> None:
     assert 28 <= column < 52
 
 
+def test_colours_are_the_first_components() -> None:
+    model = FeatureInpaintingModel(**SMALL)
+    features = torch.zeros(1, 192, 8, 10)
+    features[0, :, 0, 0] = 5.0
+    features[0, :3, 0, 0] = torch.tensor([0.0, 1.5, -9.0])
+    picture = model.false_colors(features)
+    assert picture.shape == (1, 3, *model.image_size)
+    assert picture[0, :, 0, 0].tolist() == [0.5, 0.75, 0.0]
+    assert (picture[0, :, -1] == 0.5).all()
+
+
 def test_rank_zero_predicts_the_mean_of_the_place() -> None:
     model = fitted(rank=0)
     with torch.no_grad():

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from anomalib.data import InferenceBatch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from anomalib_recon.layers import (
     FeatureScale,
@@ -42,6 +43,8 @@ from .context_regression import ContextRegression
 
 # strides of the stages of a CNN that are used: the first are noise, the last see half of the image
 CNN_STRIDES = (4, 8, 16)
+# standard deviations of a principal component that the colours of a picture span
+COLOR_RANGE = 6.0
 
 
 class FeatureInpaintingModel(Tiling, nn.Module):
@@ -169,6 +172,18 @@ class FeatureInpaintingModel(Tiling, nn.Module):
         """
         anomaly_map = self.anomaly_map_generator(features, reconstruction)
         return InferenceBatch(pred_score=self.score(anomaly_map), anomaly_map=anomaly_map)
+
+    def false_colors(self, features: Tensor) -> Tensor:
+        """Show features, or their prediction, by their first three principal components as red, green and blue.
+
+        Args:
+            features (Tensor): Features of shape ``(B, C, h, w)``, as :meth:`embed` and :meth:`reconstruct` return them.
+
+        Returns:
+            Tensor: Pictures of shape ``(B, 3, H, W)`` with values in [0, 1]; a component of 0 is 0.5.
+        """
+        colors = (features[:, :3].float() / COLOR_RANGE + 0.5).clamp(0, 1)
+        return functional.interpolate(colors, size=self.image_size, mode="nearest")
 
     @torch.no_grad()
     def fit(self, features: Iterable[Tensor]) -> None:

@@ -8,6 +8,7 @@ from .arguments import (
     check_fraction,
     check_image_size,
     check_named_once,
+    check_not_negative,
     check_positive,
     check_whole,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "check_fraction",
     "check_image_size",
     "check_named_once",
+    "check_not_negative",
     "check_positive",
     "check_whole",
     "create_backbone",

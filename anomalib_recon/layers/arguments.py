@@ -89,6 +89,22 @@ def check_positive(**arguments: float) -> None:
             raise ValueError(msg)
 
 
+def check_not_negative(**arguments: float) -> None:
+    """Refuse what is not a finite number from 0.
+
+    Args:
+        **arguments (float): Values by the names of the arguments.
+
+    Raises:
+        ValueError: If a value is not a number, NaN, infinite, or negative.
+    """
+    check_finite(**arguments)
+    for name, value in arguments.items():
+        if value < 0:
+            msg = f"{name} must not be negative, got {value}."
+            raise ValueError(msg)
+
+
 def check_named_once(layers: Sequence[str]) -> None:
     """Refuse layers of which one is named twice.
 

@@ -33,7 +33,7 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from anomalib_recon.layers import ScaleBy, check_finite, check_fraction, check_positive, check_whole
+from anomalib_recon.layers import ScaleBy, check_fraction, check_not_negative, check_positive, check_whole
 from anomalib_recon.models.base import ReconstructionModule
 from anomalib_recon.training import FeatureCache, load_checkpoint, one_cycle
 
@@ -189,11 +189,8 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
         check_whole(lr_drop_epoch=lr_drop_epoch)
         check_positive(alpha=alpha, learning_rate=learning_rate)
-        check_finite(weight_decay=weight_decay)
+        check_not_negative(weight_decay=weight_decay)
         check_fraction(confetti=confetti)
-        if weight_decay < 0:
-            msg = f"weight_decay must not be negative, got {weight_decay}."
-            raise ValueError(msg)
         if not labels and (confetti or normal_checkpoint):
             msg = (
                 f"confetti={confetti} and normal_checkpoint={normal_checkpoint} are for ADTR+, but labels is None; "

@@ -32,7 +32,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from anomalib_recon.layers import check_finite, check_positive, check_whole
+from anomalib_recon.layers import check_finite, check_not_negative, check_positive, check_whole
 from anomalib_recon.models.base import ReconstructionModule
 from anomalib_recon.training import (
     EndOfFit,
@@ -196,11 +196,8 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
                 "window needs patches to inpaint the covered ones from."
             )
             raise ValueError(msg)
-        check_finite(held_out_fraction=held_out_fraction, gms_weight=gms_weight, ssim_weight=ssim_weight)
-        check_finite(weight_decay=weight_decay)
-        if weight_decay < 0:
-            msg = f"weight_decay must not be negative, got {weight_decay}."
-            raise ValueError(msg)
+        check_finite(held_out_fraction=held_out_fraction)
+        check_not_negative(weight_decay=weight_decay)
         if ssim_weight and patch_size < MIN_PATCH_SIZE:
             msg = (
                 f"patch_size must be at least {MIN_PATCH_SIZE} for the SSIM in the loss, got {patch_size}; enlarge it "

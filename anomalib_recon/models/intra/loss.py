@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from anomalib_recon.layers import check_not_negative
+
 # Xue et al. (2014), https://arxiv.org/abs/1308.3052, use 170 for values in [0, 255]
 GMS_CONSTANT = 170 / 255**2
 # the window of SSIM reaches 5 pixels over the border, which are reflected from inside the patch
@@ -47,15 +49,12 @@ class InTraLoss(nn.Module):
         ssim_weight (float): beta.
 
     Raises:
-        ValueError: If a weight is negative.
+        ValueError: If a weight is negative or not a finite number.
     """
 
     def __init__(self, gms_weight: float = 0.01, ssim_weight: float = 0.01) -> None:
         super().__init__()
-        for name, value in (("gms_weight", gms_weight), ("ssim_weight", ssim_weight)):
-            if value < 0:
-                msg = f"{name} must not be negative, got {value}."
-                raise ValueError(msg)
+        check_not_negative(gms_weight=gms_weight, ssim_weight=ssim_weight)
         self.gms_weight = gms_weight
         self.ssim_weight = ssim_weight
 

@@ -20,13 +20,12 @@ from typing import Any
 
 import pandas as pd
 import torch
-import yaml
 from anomalib.data.utils.generators import PerlinAnomalyGenerator
 from lightning import seed_everything
 from lightning.pytorch.trainer.states import TrainerFn
 from torchvision.transforms.v2.functional import to_pil_image
 
-from anomalib_recon.config_files import config_path
+from anomalib_recon.config_files import read_config
 from anomalib_recon.data import LabelledFolder
 from anomalib_recon.models import ADTR
 from benchmarks.rows import Rows
@@ -93,7 +92,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.INFO)
-    config = yaml.safe_load(config_path("recommended/adtr.yaml").read_text(encoding="utf-8"))
+    config = read_config("recommended/adtr.yaml")
     arguments = config["model"]["init_args"] | {"backbone_weights": args.weights, "visualizer": False}
     epochs = config["trainer"]["max_epochs"]
 

@@ -22,14 +22,13 @@ from typing import Any
 from unittest.mock import patch
 
 import timm
-import yaml
 from anomalib.data import MVTecAD
 from anomalib.models import Dinomaly
 from anomalib.models.image.dinomaly import torch_model as dinomaly
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback
 
-from anomalib_recon.config_files import config_path
+from anomalib_recon.config_files import read_config
 from anomalib_recon.metrics import RawScoreEvaluator
 from anomalib_recon.models import SAAE, FeatureInpainting
 from benchmarks.rows import Rows
@@ -60,7 +59,7 @@ def build_own(name: str, weights: Path) -> SAAE | FeatureInpainting:
     arguments = {"backbone": BACKBONE, "backbone_weights": weights, "image_size": IMAGE_SIZE, "layers": LAYERS}
     if name == "FeatureInpainting":
         return FeatureInpainting(**arguments, visualizer=False)
-    config = yaml.safe_load(config_path("recommended/saae.yaml").read_text(encoding="utf-8"))
+    config = read_config("recommended/saae.yaml")
     arguments = config["model"]["init_args"] | arguments | {"feature_stride": None}
     return SAAE(**arguments, visualizer=False)
 

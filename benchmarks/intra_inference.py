@@ -16,7 +16,6 @@ import argparse
 import copy
 import json
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -38,6 +37,7 @@ from anomalib_recon.files import write_whole
 from anomalib_recon.models import InTra
 from anomalib_recon.models.intra.torch_model import InTraModel
 from anomalib_recon.models.intra.transformer import TokenLinear
+from benchmarks.patch_ae_search import extra_memory
 
 MATRIX_SIZE = 4096
 # the compression of an export, and what OpenVINO is asked for: by default it takes bfloat16 where the CPU has it
@@ -79,19 +79,13 @@ def with_usual_layers(model: InTraModel) -> InTraModel:
     return model
 
 
-def peak_memory() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def measure_plain(intra: InTra, image: Tensor, turns: int, patches_timed: int) -> dict[str, float]:
     model = intra.model
     matrix = torch.rand(MATRIX_SIZE, MATRIX_SIZE)
     num_windows = len(model.places)
     patches = model.embed(image)
     usual = with_usual_layers(model)
-    before = peak_memory()
-    model.reconstruct(patches)
-    after = peak_memory()
+    extra = extra_memory(lambda: model.reconstruct(patches))
     windows = zip(patches[0, model.places], model.places, model.covered, strict=True)
     single = [tuple(part[None] for part in window) for window in windows][:patches_timed]
     with FlopCounterMode(display=False) as counter:
@@ -112,7 +106,7 @@ def measure_plain(intra: InTra, image: Tensor, turns: int, patches_timed: int) -
         "speed_up": ratio(times["single"], times["ours"]) * num_windows / patches_timed,
         "matrix_product_gflops": 2 * MATRIX_SIZE**3 / statistics.median(times["product"]) / 1e9,
         "share_of_matrix_product_rate": ratio(times["product"], times["ours"]) * flops / (2 * MATRIX_SIZE**3),
-        "extra_memory_mb": (after - before) / 1024,
+        "extra_memory_mib": extra,
     }
 
 

@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from anomalib.data import MVTecAD
 from lightning import seed_everything
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from anomalib_recon.config_files import config_path
+from anomalib_recon.config_files import read_config
 from anomalib_recon.models import InTra
 from anomalib_recon.models.intra.loss import InTraLoss
 from benchmarks.rows import Rows
@@ -44,7 +43,7 @@ SHARED = (
 
 
 def arguments_of(recipe: str, config: str) -> dict[str, Any]:
-    arguments = yaml.safe_load(config_path(config).read_text(encoding="utf-8"))["model"]["init_args"]
+    arguments = read_config(config)["model"]["init_args"]
     return arguments if recipe == "recommended" else {name: arguments[name] for name in SHARED}
 
 

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from anomalib.data import MVTecAD
 
-from anomalib_recon.config_files import config_path
+from anomalib_recon.config_files import read_config
 from anomalib_recon.models import InTra
 from benchmarks.intra_covered import normal_patches, take_statistics
 from benchmarks.rows import Rows, accuracy
@@ -38,7 +37,7 @@ def fit(module: InTra, datamodule: MVTecAD) -> None:
 
 
 def measure(category: str, args: argparse.Namespace) -> dict[str, Any]:
-    config = yaml.safe_load(config_path(args.config).read_text(encoding="utf-8"))
+    config = read_config(args.config)
     module = InTra(**config["model"]["init_args"] | SCORES[args.score], visualizer=False)
     datamodule = MVTecAD(root=args.root, category=category, **BATCHES)
     fit(module, datamodule)

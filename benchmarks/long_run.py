@@ -19,6 +19,7 @@ from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
 from lightning.pytorch.callbacks import Callback
 
+from anomalib_recon.files import write_whole
 from benchmarks.feature_cache import write_pictures
 from benchmarks.scale import MODELS, build
 
@@ -84,7 +85,7 @@ def main() -> None:
         rows.append(measure(name, arguments.images))
         print(json.dumps(rows[-1]), flush=True)
     if arguments.output:
-        arguments.output.write_text(json.dumps(rows, indent=1))
+        write_whole(arguments.output, json.dumps(rows, indent=1).encode())
 
 
 if __name__ == "__main__":

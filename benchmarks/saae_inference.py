@@ -20,6 +20,7 @@ from pathlib import Path
 import timm
 import torch
 
+from anomalib_recon.files import write_whole
 from anomalib_recon.layers import BackboneNormalize
 from anomalib_recon.models.saae.torch_model import DEFAULT_BACKBONE, DEFAULT_IMAGE_SIZE, SAAEModel
 
@@ -72,7 +73,7 @@ def main() -> None:
     text = json.dumps(figures, indent=2)
     print(text)
     if args.output:
-        args.output.write_text(text)
+        write_whole(args.output, text.encode())
 
 
 if __name__ == "__main__":

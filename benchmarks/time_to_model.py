@@ -21,13 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from anomalib.data import MVTecAD
 from anomalib.models import Padim, Patchcore
 from lightning import seed_everything
 
 from anomalib_recon import models
-from anomalib_recon.config_files import config_path
+from anomalib_recon.config_files import read_config
 from anomalib_recon.layers import create_backbone
 from anomalib_recon.metrics import RawScoreEvaluator
 from benchmarks.rows import Rows
@@ -49,7 +48,7 @@ BUILT_IN: dict[str, tuple[Any, dict[str, Any]]] = {
 
 def build_own(name: str, **arguments: Any) -> tuple[Any, int]:
     """Build a model by its recommended config, and read for how many epochs it trains."""
-    config = yaml.safe_load(config_path(CONFIGS[name]).read_text(encoding="utf-8"))
+    config = read_config(CONFIGS[name])
     model_class = getattr(models, config["model"]["class_path"].split(".")[-1])
     return model_class(**config["model"]["init_args"] | arguments, visualizer=False), config["trainer"]["max_epochs"]
 

@@ -23,12 +23,11 @@ from typing import Any
 
 import pandas as pd
 import torch
-import yaml
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from anomalib_recon import models
-from anomalib_recon.config_files import config_path
+from anomalib_recon.config_files import read_config
 from anomalib_recon.files import write_whole
 
 MATRIX_SIZE = 4096
@@ -64,7 +63,7 @@ KINDS = {
 
 def build(name: str) -> Any:
     config, arguments = CASES[name]
-    section = yaml.safe_load(config_path(config).read_text(encoding="utf-8"))["model"]
+    section = read_config(config)["model"]
     model_class = getattr(models, section["class_path"].split(".")[-1])
     torch.manual_seed(0)
     return model_class(**section["init_args"] | arguments | {"pre_trained": False}, visualizer=False).train()

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from anomalib.data import AnomalibDataset
 from lightning import seed_everything
 from sklearn.decomposition import PCA
@@ -16,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional
 
-from anomalib_recon.config_files import config_path
+from anomalib_recon.config_files import read_config
 from anomalib_recon.data import DemoAD
 from anomalib_recon.models import ADTR, SAAE, FeatureInpainting
 from tests.tiny_models import engine_in
@@ -60,7 +59,7 @@ def figures(distances: Tensor, masks: Tensor) -> tuple[float, float]:
 def test_a_short_training_is_ahead_of_the_constant_and_of_pca(model: type, datamodule: DemoAD, tmp_path: Path) -> None:
     seed_everything(0)
     name, sizes = RECIPES[model]
-    arguments = yaml.safe_load(config_path(f"{name}.yaml").read_text(encoding="utf-8"))["model"]["init_args"]
+    arguments = read_config(f"{name}.yaml")["model"]["init_args"]
     trained = model(**{**arguments, **SMALL, **sizes})
     engine = engine_in(tmp_path, max_epochs=4)
     engine.fit(trained, datamodule=datamodule)

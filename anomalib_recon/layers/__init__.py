@@ -3,6 +3,7 @@
 """Plain torch that several models share: backbones, their dense features, resize and checks of arguments."""
 
 from .arguments import (
+    check_choice,
     check_dropout,
     check_finite,
     check_fraction,
@@ -10,6 +11,7 @@ from .arguments import (
     check_named_once,
     check_not_negative,
     check_positive,
+    check_share,
     check_whole,
 )
 from .attention import attend, multihead_attention
@@ -36,6 +38,7 @@ __all__ = [
     "TopMean",
     "Whitening",
     "attend",
+    "check_choice",
     "check_dropout",
     "check_finite",
     "check_fraction",
@@ -43,6 +46,7 @@ __all__ = [
     "check_named_once",
     "check_not_negative",
     "check_positive",
+    "check_share",
     "check_whole",
     "create_backbone",
     "create_dense_features",

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Arguments of models: numbers of the right kind, before their ranges are looked at."""
+"""Checks of the arguments of models."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
@@ -102,6 +102,39 @@ def check_not_negative(**arguments: float) -> None:
     for name, value in arguments.items():
         if value < 0:
             msg = f"{name} must not be negative, got {value}."
+            raise ValueError(msg)
+
+
+def check_share(**arguments: float) -> None:
+    """Refuse what is not a number in (0, 1].
+
+    Args:
+        **arguments (float): Values by the names of the arguments.
+
+    Raises:
+        ValueError: If a value is not a number, or out of its range.
+    """
+    check_finite(**arguments)
+    for name, value in arguments.items():
+        if not 0 < value <= 1:
+            msg = f"{name} must be above 0 and at most 1, got {value}."
+            raise ValueError(msg)
+
+
+def check_choice(choices: Collection[object], **arguments: object) -> None:
+    """Refuse what is none of some values.
+
+    Args:
+        choices (Collection[object]): The values, two or more.
+        **arguments (object): Values by the names of the arguments.
+
+    Raises:
+        ValueError: If a value is none of them.
+    """
+    *first, last = map(repr, choices)
+    for name, value in arguments.items():
+        if value not in choices:
+            msg = f"{name} must be {', '.join(first)} or {last}, got {value!r}."
             raise ValueError(msg)
 
 

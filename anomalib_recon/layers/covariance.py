@@ -62,7 +62,7 @@ class FeatureCovariance:
         """Count the principal components that are needed.
 
         Args:
-            explained_variance (float): Fraction of the variance that they must hold more of, in (0, 1].
+            explained_variance (float): Fraction of the variance, in (0, 1], that they must exceed.
 
         Returns:
             int: Smallest such number; C if no number suffices.

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_choice
 from .covariance import FeatureCovariance
 from .whitening import PrincipalWhitening
 
@@ -46,9 +47,7 @@ class FeatureScale(nn.Module):
 
     def __init__(self, num_channels: Sequence[int], by: ScaleBy) -> None:
         super().__init__()
-        if by not in {"none", "stage", "channel", "whiten"}:
-            msg = f"feature_scale must be 'none', 'stage', 'channel' or 'whiten', got {by!r}."
-            raise ValueError(msg)
+        check_choice(("none", "stage", "channel", "whiten"), feature_scale=by)
         self.num_channels = list(num_channels)
         self.by = by
         is_fitted = by != "none"  # otherwise a checkpoint needs neither

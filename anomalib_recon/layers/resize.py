@@ -50,7 +50,7 @@ class AntialiasResize(Transform):
         if not inpt.is_floating_point():
             msg = f"inpt must be of a floating-point type with values in [0, 1], got {inpt.dtype}; convert it before."
             raise TypeError(msg)
-        # also in a graph of that fixed size, in which OpenVINO may fuse what follows into the product, and fail to
+        # also in a graph for that size alone: there OpenVINO may try to fuse what follows into the product, and fail
         if all(isinstance(side, int) for side in inpt.shape[-2:]) and inpt.shape[-2:] == self.size:
             return inpt
         rows, columns = (

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from anomalib_recon.layers import check_choice
 from anomalib_recon.training import check_products, find_products
 
 from .score_curve import AUPRO, AUROC
@@ -86,11 +87,9 @@ class RawScoreEvaluator(Evaluator):
         self.products = [] if products is None else check_products(products)
         of_all = list(self.test_metrics)
         self.test_metrics.extend(_copy(metric, name) for name in self.products for metric in of_all)
-        if pixel_size not in {"model", "original"}:
-            msg = f"pixel_size must be 'model' or 'original', got {pixel_size!r}."
-            raise ValueError(msg)
+        check_choice(("model", "original"), pixel_size=pixel_size)
         self.pixel_size = pixel_size
-        self._mask_paths: dict[str, str] = {}
+        self._mask_paths: dict[str, Any] = {}
         self._first_callback = LambdaCallback(on_test_batch_end=self._update_score_metrics)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -31,7 +31,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from anomalib_recon.deploy.highest_scores import HighestScores
-from anomalib_recon.layers import check_finite
+from anomalib_recon.layers import check_choice, check_finite
 from anomalib_recon.training import checkpoint_files, lacks_validation_images, normal_images, score_images
 
 from .region_post_processor import RegionPostProcessor
@@ -98,9 +98,7 @@ class FalsePositiveRatePostProcessor(RegionPostProcessor):
                     f"{name} must be at least 0 and below 1, got {rate}; 0.005 calls 0.5 % of what is normal anomalous."
                 )
                 raise ValueError(msg)
-        if split not in {"train", "val"}:
-            msg = f"split must be 'train' or 'val', got {split!r}."
-            raise ValueError(msg)
+        check_choice(("train", "val"), split=split)
         self.pixel_fpr = pixel_fpr
         self.image_fpr = image_fpr
         self.split = split

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import CenterCrop, Resize
 from tqdm.auto import tqdm
 
-from anomalib_recon.layers import check_finite
+from anomalib_recon.layers import check_not_negative
 from anomalib_recon.pre_processing import ExactResizePreProcessor, flatten_transform
 
 from .images import evaluation, map_images, normal_images, normal_indices
@@ -65,10 +65,7 @@ class FeatureCache(Callback):
 
     def __init__(self, feature_cache_gib: float, obstacle: str | None = None) -> None:
         super().__init__()
-        check_finite(feature_cache_gib=feature_cache_gib)
-        if feature_cache_gib < 0:
-            msg = f"feature_cache_gib must be positive, or 0 for no cache, got {feature_cache_gib}."
-            raise ValueError(msg)
+        check_not_negative(feature_cache_gib=feature_cache_gib)
         self._budget = feature_cache_gib * GIB
         self._obstacle = obstacle or ("feature_cache_gib=0" if feature_cache_gib == 0 else None)
         self._parts: list[_Part] = []

@@ -11,7 +11,7 @@ Example:
     >>> picture = draw_attention(image, model.attention_rollout(image, row=3, col=4), row=3, col=4)
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from anomalib.data import ImageBatch
@@ -62,7 +62,8 @@ class AttentionVisualizer(ReconstructionVisualizer):
     ) -> None:
         """Save the pictures of a batch; of images that are cut into tiles, without attention."""
         if pl_module.tiler is None:
-            of_items = [_look(pl_module.model, item.image, item.anomaly_map) for item in batch]
+            pairs = zip(cast("Tensor", batch.image), cast("Tensor", batch.anomaly_map), strict=True)
+            of_items = [_look(pl_module.model, *pair) for pair in pairs]
             batch.attention = torch.stack(of_items)  # type: ignore[attr-defined]
         super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
 

@@ -18,7 +18,7 @@ from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
 from PIL import Image
 from sklearn.metrics import f1_score, roc_auc_score
 
-from anomalib_recon.config_files import config_path
+from anomalib_recon.config_files import config_path, read_config
 from anomalib_recon.experiments.compare.__main__ import main
 from anomalib_recon.experiments.compare.plots import chosen_cases, speed_against_accuracy
 from anomalib_recon.experiments.compare.ranking import advise, rank_models
@@ -293,7 +293,7 @@ def test_anomalib_knows_the_models_of_the_configs(tmp_path: Path) -> None:
     runs = [run for name in ("folder", "formats") for run in read_runs(config_path(f"compare/{name}.yaml"), tmp_path)]
     for run in runs:
         assert issubclass(getattr(anomalib.models, run.config["model"]["class_path"]), AnomalibModule)
-    benchmark = yaml.safe_load(config_path("compare/benchmark.yaml").read_text(encoding="utf-8"))["benchmark"]
+    benchmark = read_config("compare/benchmark.yaml")["benchmark"]
     jobs = [(get_model(job["model"]), get_datamodule(job["data"])) for job in get_iterator_from_grid_dict(benchmark)]
     assert [(type(model).__name__, data.category) for model, data in jobs] == [
         ("InTra", "grid"), ("InTra", "plate"), ("Padim", "grid"), ("Padim", "plate"),

@@ -11,11 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import yaml
 from lightning.pytorch import Callback, Trainer
 
 from anomalib_recon import models
-from anomalib_recon.config_files import config_path
+from anomalib_recon.config_files import read_config
 from anomalib_recon.experiments.reproduce.__main__ import main
 from anomalib_recon.experiments.reproduce.summary import markdown, missing, summarise
 from anomalib_recon.experiments.reproduce.table import read_table, table_names
@@ -75,7 +74,7 @@ def test_overrides_are_arguments_of_the_model_and_the_trainer(name: str) -> None
     for row in table.rows.values():
         assert row.after is None or row.after in table.rows
         for category in (*table.categories_of(row), "mine"):
-            config = yaml.safe_load(config_path(row.config).read_text(encoding="utf-8"))
+            config = read_config(row.config)
             model = getattr(anomalib.models, config["model"]["class_path"].split(".")[-1])
             for argument in table.overrides_of(row, category):
                 part, parameter, *_ = argument.split(".")

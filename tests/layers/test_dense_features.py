@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-import yaml
 from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch.nn import functional
 
-from anomalib_recon.config_files import config_path
+from anomalib_recon.config_files import read_config
 from anomalib_recon.layers import FrozenBackbone, create_dense_features
 from anomalib_recon.models.saae import SAAEModel
 
@@ -89,7 +88,7 @@ def test_default_backbone_has_the_channels_of_the_paper() -> None:
 
 
 def test_vgg19_has_the_features_of_the_ablation() -> None:
-    config = yaml.safe_load(config_path("model/saae_vgg19.yaml").read_text(encoding="utf-8"))["model"]["init_args"]
+    config = read_config("model/saae_vgg19.yaml")["model"]["init_args"]
     image_size, stride = (config["image_size"], config["image_size"]), config["feature_stride"]
     backbone = create_dense_features(config["backbone"], config["layers"], image_size, stride, pre_trained=False)
     assert (backbone.num_channels, *backbone.grid_size) == (3456, 64, 64)

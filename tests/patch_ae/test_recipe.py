@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from anomalib.data import MVTecAD
 from anomalib.deploy import ExportType
 
-from anomalib_recon.config_files import config_path
+from anomalib_recon.config_files import read_config
 from anomalib_recon.models import PatchAE
 from tests.exports import expected_from, export, images_of, run
 from tests.tiny_models import checkpoint_of, engine_in
@@ -20,7 +19,7 @@ SMALL = {"backbone": "resnet18", "layers": ["layer2", "layer3"], "pre_trained": 
 
 
 def recipe() -> dict:
-    config = yaml.safe_load(config_path("recommended/patch_ae.yaml").read_text(encoding="utf-8"))
+    config = read_config("recommended/patch_ae.yaml")
     return {**config["model"]["init_args"], **SMALL, "coreset_ratio": 0.2, "visualizer": False}
 
 

@@ -503,7 +503,7 @@ def test_the_log_says_where_features_are(
 
 @pytest.mark.parametrize("model_class", [ADTR, SAAE])
 def test_a_negative_size_is_refused(model_class: type[ADTR | SAAE]) -> None:
-    with pytest.raises(ValueError, match="feature_cache_gib must be positive, or 0 for no cache, got -1"):
+    with pytest.raises(ValueError, match="feature_cache_gib must not be negative, got -1"):
         build(model_class, feature_cache_gib=-1)
 
 

@@ -29,10 +29,10 @@ MARKERS = "osD^vPX*"
 CASES_PER_KIND = 2
 
 
-def png(figure: Figure, dpi: int = 130) -> bytes:
+def png(figure: Figure) -> bytes:
     """A figure as a PNG file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
+    figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()
 
 

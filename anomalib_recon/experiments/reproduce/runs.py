@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from anomalib_recon.config_files import config_path
+from anomalib_recon.config_files import config_path, read_config
 from anomalib_recon.experiments.training import check_settings, hardware, read_json, run_once, train
 
 from .table import Row, Table
@@ -88,7 +86,7 @@ class Runs:
 
     def _settings(self, row: Row, category: str) -> dict[str, Any]:
         return {
-            "config": yaml.safe_load(config_path(row.config).read_text(encoding="utf-8")),
+            "config": read_config(row.config),
             "overrides": self.table.overrides_of(row, category),
             "arguments": list(self.arguments),
             "seed": self.seed,
@@ -97,9 +95,8 @@ class Runs:
 
     def _arguments(self, row: Row, category: str, start: dict[str, Any]) -> list[str]:
         dataset = self.table.dataset
-        config = config_path(row.config)
-        arguments = ["--config", str(config)]
-        if "data" not in yaml.safe_load(config.read_text(encoding="utf-8")):
+        arguments = ["--config", str(config_path(row.config))]
+        if "data" not in read_config(row.config):
             arguments += ["--data", dataset.class_path]
         arguments += [f"--data.root={self.root}", f"--{dataset.category_argument}={category}"]
         known = {**start.get("hyper_parameters", {}), "checkpoint": start.get("checkpoint")}

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
-from anomalib_recon.config_files import config_path
+from anomalib_recon.config_files import config_path, read_config
 
 ALL = "all"
 
@@ -124,7 +122,7 @@ class Table:
         """Arguments of ``anomalib train`` for a row and category that differ from its config."""
         groups = [group for group, categories in self.dataset.groups.items() if category in categories]
         names = (*groups, category)
-        shared = yaml.safe_load(config_path(row.categories).read_text(encoding="utf-8")) if row.categories else {}
+        shared = read_config(row.categories) if row.categories else {}
         parts = [*(shared.get(name, {}) for name in names), row.overrides]
         parts += [row.overrides_for.get(name, {}) for name in names]
         return {argument: value for part in parts for argument, value in part.items()}
@@ -137,6 +135,6 @@ def table_names() -> list[str]:
 
 def read_table(name: str) -> Table:
     """Read a table by its name, one of :func:`table_names`."""
-    content = yaml.safe_load(config_path(f"reproduce/{name}.yaml").read_text(encoding="utf-8"))
+    content = read_config(f"reproduce/{name}.yaml")
     rows = {name: Row(name, **row) for name, row in content["rows"].items()}
     return Table(name, content["paper"], DATASETS[content["dataset"]], rows)

@@ -58,8 +58,8 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         backbone (str): CNN of timm, with or without the tag of its weights, or ``"pixels"`` for the pixels of each
             cell as its features.
             Defaults to ``"tf_efficientnet_b4.aa_in1k"``.
-        layers (Sequence[str] | None): Stages whose features are concatenated, by their names in timm. ``None`` stands
-            for all.
+        layers (Sequence[str] | None): Stages, by their names in timm, or any modules, whose features are concatenated.
+            ``None`` stands for all stages.
             Defaults to ``None``.
         pre_trained (bool): Use timm's weights of the backbone.
             Defaults to ``True``.

@@ -38,7 +38,9 @@ class NormalLoss(nn.Module):
 
 
 class PixelLoss(nn.Module):
-    """L_px, for anomalies with masks (eq. 7): pull normal cells together, push anomalous ones apart.
+    """L_px, for anomalies with masks (eq. 7).
+
+    It pulls the reconstruction of normal cells towards their features, and pushes that of anomalous cells away.
 
     Args:
         alpha (float): Weight of the push.

@@ -30,6 +30,7 @@ from anomalib_recon.layers import (
     ResidualDistance,
     ScaleBy,
     Tiling,
+    check_choice,
     check_dropout,
     check_image_size,
     check_whole,
@@ -55,8 +56,8 @@ class ADTRModel(Tiling, nn.Module):
         backbone (str): CNN of timm, with or without the tag of its weights, or ``"pixels"`` for the pixels of each
             cell as its features (table 4b).
             Defaults to ``"tf_efficientnet_b4.aa_in1k"``.
-        layers (Sequence[str] | None): Stages whose features are concatenated, by their names in timm. ``None`` stands
-            for all.
+        layers (Sequence[str] | None): Stages, by their names in timm, or any modules, whose features are concatenated.
+            ``None`` stands for all stages.
             Defaults to ``None``.
         pre_trained (bool): Use timm's weights of the backbone.
             Defaults to ``True``.
@@ -89,8 +90,8 @@ class ADTRModel(Tiling, nn.Module):
         patch_size (int): Side of a token, in cells of the feature map; divides h and w.
             Defaults to ``1``.
         hole_size (int): Side of the square of tokens around its own that a query does not see, odd, so that it must
-            rebuild its features from those around; all tokens then stay apart but for the attention of the query to the
-            encoder, which prefers near ones. 0 stands for none, as in the paper.
+            rebuild its features from those around; self-attentions then see each token alone, and the attention to the
+            encoder prefers near tokens. 0 stands for none, as in the paper.
             Defaults to ``0``.
         pool_size (int): Side of the window, in pixels, over which the map is averaged for the image's score.
             Defaults to ``16``.
@@ -134,9 +135,7 @@ class ADTRModel(Tiling, nn.Module):
         distance: Distance = "norm",
     ) -> None:
         super().__init__()
-        if distance not in {"norm", "mahalanobis"}:
-            msg = f"distance must be 'norm' or 'mahalanobis', got {distance!r}."
-            raise ValueError(msg)
+        check_choice(("norm", "mahalanobis"), distance=distance)
         check_whole(
             embed_dim=embed_dim,
             depth=depth,
@@ -156,6 +155,7 @@ class ADTRModel(Tiling, nn.Module):
         self.resize = AntialiasResize(self.feature_size)
         self.scale = FeatureScale(self.backbone.num_channels, feature_scale)
         num_channels = sum(self.backbone.num_channels)
+        # with a hole, each token sees itself alone: through the others, what is in the hole would reach the query
         self_attention = "alone" if hole_size else attention
 
         self.reduce = nn.Conv2d(num_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
@@ -171,7 +171,6 @@ class ADTRModel(Tiling, nn.Module):
             )
         self.recover = nn.Conv2d(embed_dim, num_channels * patch_size**2, kernel_size=1)
         self.shuffle = nn.PixelShuffle(patch_size)
-        # otherwise what is in the hole would come in by way of other tokens, which self-attentions therefore do not see
         hole_bias = _hole_bias(self.patch_grid, hole_size, num_heads) if hole_size else None
         self.register_buffer("hole_bias", hole_bias, persistent=False)
         self.anomaly_map_generator = AnomalyMapGenerator(
@@ -276,9 +275,7 @@ def _build_backbone(
 
 
 def _check_reconstruction(reconstruction: str, query: str, attention: str, hole_size: int) -> None:
-    if reconstruction not in {"transformer", "cnn"}:
-        msg = f"reconstruction must be 'transformer' or 'cnn', got {reconstruction!r}."
-        raise ValueError(msg)
+    check_choice(("transformer", "cnn"), reconstruction=reconstruction)
     if reconstruction == "cnn" and (query, attention, hole_size) != ("learned", "multihead", 0):
         msg = (
             f"query={query!r}, attention={attention!r} and hole_size={hole_size} are of the transformer; leave them "
@@ -306,8 +303,9 @@ def _check_hole(hole_size: int, grid_size: tuple[int, int], query: str, attentio
 def _hole_bias(grid_size: tuple[int, int], hole_size: int, num_heads: int) -> Tensor:
     """What keeps a query from what it rebuilds.
 
-    The attention of the query to the encoder sees what lies outside the hole, the nearer the better: each head lowers
-    its logits by the distance times a slope of its own, as in ALiBi (Press et al., 2022).
+    Nothing inside of the hole is seen. Outside, each head looks first to a side of its own: its logits fall by
+    ``SLOPE`` for each token of distance from the place just outside of the hole in that direction. A distance lowers
+    the logits as in ALiBi (Press et al., 2022), which has slopes in place of directions.
 
     Returns:
         Tensor: Bias of the attention to the encoder, ``(1, heads, T, T)``.
@@ -370,12 +368,8 @@ def _check_arguments(
     if embed_dim % num_heads:
         msg = f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}."
         raise ValueError(msg)
-    if query not in {"learned", "encoder"}:
-        msg = f"query must be 'learned' or 'encoder', got {query!r}."
-        raise ValueError(msg)
-    if attention not in {"multihead", "concat"}:
-        msg = f"attention must be 'multihead' or 'concat', got {attention!r}."
-        raise ValueError(msg)
+    check_choice(("learned", "encoder"), query=query)
+    check_choice(("multihead", "concat"), attention=attention)
     if pool_size > min(image_size):
         msg = f"pool_size must not exceed image_size, got {pool_size} and {image_size}."
         raise ValueError(msg)

@@ -53,15 +53,15 @@ class MultiheadAttention(nn.MultiheadAttention):
 
 
 class LoneAttention(MultiheadAttention):
-    """The same of tokens that attend to themselves alone, which leaves the linear maps of values and output."""
+    """Attention of tokens that see only themselves: the linear maps of values and output are left."""
 
     def forward(  # type: ignore[override]
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         """Map each token; all shapes are ``(B, T, D)``."""
         del query, key, bias
-        weight, bias = self.in_proj_weight.chunk(3)[2], self.in_proj_bias.chunk(3)[2]
-        return self.out_proj(functional.linear(value, weight, bias))
+        weight, offset = self.in_proj_weight.chunk(3)[2], self.in_proj_bias.chunk(3)[2]
+        return self.out_proj(functional.linear(value, weight, offset))
 
 
 def _attention(kind: str, embed_dim: int, num_heads: int) -> nn.Module:
@@ -136,7 +136,8 @@ class DecoderLayer(nn.Module):
             query (Tensor): Query embedding of shape ``(1, T, D)``, or the output of the layer before, ``(B, T, D)``.
             encoded (Tensor): Output of the encoder, of shape ``(B, T, D)``.
             position (Tensor): Position embedding of shape ``(1, T, D)``.
-            bias (Tensor | None): Of the attention to the encoder, see :class:`MultiheadAttention`.
+            bias (Tensor | None): Added to the logits of the attention to the encoder; see
+                :func:`~anomalib_recon.layers.multihead_attention`.
                 Defaults to ``None``.
 
         Returns:

@@ -122,7 +122,7 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
         """None: all is fitted in closed form."""
 
     def start_features(self, batch: Batch) -> Tensor:
-        """What the backbone makes of a batch of images."""
+        """Features of a batch of images, before they are whitened."""
         return self.model.backbone(self.tiles(batch))
 
     def start(self, features: Iterable[Tensor]) -> None:
@@ -134,7 +134,7 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
         self.model.fit(features)
 
     def targets(self, features: Tensor) -> Tensor:
-        """Whiten what the backbone makes of images, ``(B, C, h, w)``."""
+        """Whiten features of shape ``(B, C, h, w)``."""
         return self.model.scale(features)
 
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -153,7 +153,7 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
-        """Take a training step without an optimiser: scaled gradients of 16-mixed would ask for one's weights.
+        """Take the step without an optimiser: the gradient scaler of 16-mixed would look for one's weights.
 
         Args:
             epoch (int): Not used.
@@ -167,5 +167,5 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
-        """One epoch, which is enough."""
+        """One epoch, on one device."""
         return {"max_epochs": 1, "num_sanity_val_steps": 0, "devices": 1}

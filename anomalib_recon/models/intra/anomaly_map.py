@@ -88,8 +88,8 @@ class AnomalyMapGenerator(nn.Module):
     def forward(self, difference: Tensor, normal_difference: Tensor) -> Tensor:
         """Deviation from the mean difference of normal images: the root of eq. 17.
 
-        Eq. 17 squares it. The root ranks pixels and images alike, and spreads the values: of squares, nearly all lie
-        just above 0, and normalised maps just under the threshold.
+        Eq. 17 squares it. The root ranks pixels and images alike and spreads the values: nearly all squares lie just
+        above 0 and, once normalised, just below the threshold.
 
         Args:
             difference (Tensor): Difference maps of shape ``(B, 1, H, W)``.

@@ -25,10 +25,10 @@ def gradient_magnitude_similarity(images: Tensor, others: Tensor) -> Tensor:
     Returns:
         Tensor: Similarity of shape ``(B, C, H, W)`` with values in (0, 1]; 1 where the gradients are equally strong.
     """
-    magnitude, other = _squared_gradient(images), _squared_gradient(others)
-    # the product of the magnitudes has no gradient where one of them is 0
-    product = (magnitude * other + torch.finfo(images.dtype).tiny).sqrt()
-    return (2 * product + GMS_CONSTANT) / (magnitude + other + GMS_CONSTANT)
+    squared, other_squared = _squared_gradient(images), _squared_gradient(others)
+    # the root has no gradient where a magnitude is 0
+    product = (squared * other_squared + torch.finfo(images.dtype).tiny).sqrt()
+    return (2 * product + GMS_CONSTANT) / (squared + other_squared + GMS_CONSTANT)
 
 
 def _squared_gradient(images: Tensor) -> Tensor:

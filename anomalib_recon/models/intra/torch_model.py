@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops import scan
 from torch.nn import functional
 
-from anomalib_recon.layers import ResidualDistance, Tiling, TopMean, check_whole
+from anomalib_recon.layers import ResidualDistance, Tiling, TopMean, check_choice, check_whole
 
 from .anomaly_map import AnomalyMapGenerator
 from .transformer import ATTENTION, TransformerBlock
@@ -101,16 +101,10 @@ class InTraModel(Tiling, nn.Module):
         check_sizes(image_size, patch_size, window_size)
         check_network(embed_dim, depth, num_heads, windows_per_chunk)
         check_covered(covered_per_window, window_size, readout)
-        for name, value, choices in (
-            ("attention", attention, tuple(ATTENTION)),
-            ("position", position, ("global", "local")),
-            ("readout", readout, ("mean", "token")),
-            ("distance", distance, ("gms", "mahalanobis")),
-        ):
-            if value not in choices:
-                msg = f"{name} must be one of {choices}, got {value!r}."
-                raise ValueError(msg)
-
+        check_choice(tuple(ATTENTION), attention=attention)
+        check_choice(("global", "local"), position=position)
+        check_choice(("mean", "token"), readout=readout)
+        check_choice(("gms", "mahalanobis"), distance=distance)
         self.image_size = image_size
         self.patch_size = patch_size
         self.window_size = window_size

@@ -7,7 +7,7 @@ from anomalib.models.components import GaussianBlur2d
 from torch import Tensor, nn
 from torch.nn import functional
 
-from anomalib_recon.layers import check_finite
+from anomalib_recon.layers import check_not_negative
 
 
 class AnomalyMapGenerator(nn.Module):
@@ -22,10 +22,7 @@ class AnomalyMapGenerator(nn.Module):
 
     def __init__(self, sigma: float) -> None:
         super().__init__()
-        check_finite(sigma=sigma)
-        if sigma < 0:
-            msg = f"sigma must not be negative, got {sigma}; 0 leaves the map as it is."
-            raise ValueError(msg)
+        check_not_negative(sigma=sigma)
         self.blur = GaussianBlur2d(sigma=sigma, channels=1) if sigma else nn.Identity()
 
     def forward(self, scores: Tensor, image_size: torch.Size | tuple[int, int]) -> Tensor:

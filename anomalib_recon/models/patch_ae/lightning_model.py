@@ -32,7 +32,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from anomalib_recon.layers import ScaleBy, check_finite, check_positive, check_whole
+from anomalib_recon.layers import ScaleBy, check_finite, check_positive, check_share, check_whole
 from anomalib_recon.layers.whitening import VECTORS_PER_PART
 from anomalib_recon.models.base import ReconstructionModule
 from anomalib_recon.training import FeatureCache, map_images, own_share
@@ -172,16 +172,14 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
         visualizer: Visualizer | bool = True,
     ) -> None:
         super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
-        check_finite(coreset_ratio=coreset_ratio, backbone_learning_rate=backbone_learning_rate)
+        check_finite(backbone_learning_rate=backbone_learning_rate)
+        check_share(coreset_ratio=coreset_ratio)
         check_positive(learning_rate=learning_rate)
         if backbone_learning_rate <= 0:
             msg = (
                 f"backbone_learning_rate must be positive, got {backbone_learning_rate}; to keep the backbone as it "
                 "is pass trained_stages=0."
             )
-            raise ValueError(msg)
-        if not 0 < coreset_ratio <= 1:
-            msg = f"coreset_ratio must be above 0 and at most 1, got {coreset_ratio}."
             raise ValueError(msg)
 
         if coreset_candidates is not None:
@@ -237,15 +235,16 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
         self.model.scale.fit(features)
 
     def on_train_start(self) -> None:
-        """Tell before the training that the bank would be empty after it, or take long to select.
+        """Say before training, not after it, that the bank would be empty or take long to select.
 
         Raises:
             ValueError: If it would be empty.
         """
         if self.model.score_by == "reconstruction":
             return
-        num_images = len(self.training_images())
-        num_patches = self.model.num_patches
+        images = self.training_images()
+        num_images = len(images)
+        num_patches = self.model.num_patches * len(self.model.tile(cast("Tensor", images[0].image)[None]))  # of tiles
         num_candidates = num_images * min(num_patches, self._candidates_per_image(num_images) or num_patches)
         num_selected = int(self.coreset_ratio * num_candidates)
         if num_selected == 0:

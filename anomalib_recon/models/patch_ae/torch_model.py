@@ -32,6 +32,7 @@ from anomalib_recon.layers import (
     Tiling,
     TopMean,
     Whitening,
+    check_choice,
     check_image_size,
     check_named_once,
     check_whole,
@@ -280,6 +281,4 @@ def _check_arguments(
     if trained_stages not in range(num_stages + 1):
         msg = f"trained_stages must be from 0 to {num_stages}, the number of stages, got {trained_stages}."
         raise ValueError(msg)
-    if score_by not in {"features", "reconstruction"}:
-        msg = f"score_by must be 'features' or 'reconstruction', got {score_by!r}."
-        raise ValueError(msg)
+    check_choice(("features", "reconstruction"), score_by=score_by)

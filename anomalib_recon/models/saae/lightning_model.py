@@ -31,7 +31,7 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from anomalib_recon.layers import FeatureCovariance, ScaleBy, check_finite, check_positive
+from anomalib_recon.layers import FeatureCovariance, ScaleBy, check_positive, check_share
 from anomalib_recon.models.base import ReconstructionModule
 from anomalib_recon.training import FeatureCache, one_cycle
 
@@ -45,8 +45,8 @@ logger = logging.getLogger(__name__)
 class SAAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_onnx as anomalib's
     """Self-attention autoencoder, trained to reconstruct a frozen backbone's features of normal images.
 
-    Before training, the latent width V is found by a principal component analysis of the features of all training
-    images, unless ``latent_dim`` gives it. A checkpoint knows its V.
+    Before training, the latent width V is found by a principal component analysis of the features of the normal
+    training images, unless ``latent_dim`` gives it. A checkpoint knows its V.
 
     Images have values in [0, 1]: the model itself normalises them for its backbone. Validation, which sets the
     thresholds, runs once, when training ends.
@@ -162,10 +162,7 @@ class SAAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
     ) -> None:
         super().__init__(image_size, pre_processor, post_processor, evaluator, visualizer)
         check_positive(learning_rate=learning_rate)
-        check_finite(explained_variance=explained_variance)
-        if not 0 < explained_variance <= 1:
-            msg = f"explained_variance must be above 0 and at most 1, got {explained_variance}."
-            raise ValueError(msg)
+        check_share(explained_variance=explained_variance)
         self.model: SAAEModel = self.build_network()
         self.loss = SAAELoss(distance)
         self.explained_variance = explained_variance
@@ -179,15 +176,15 @@ class SAAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         self._given_latent_dim = latent_dim
 
     def start_features(self, batch: Batch) -> Tensor:
-        """What the backbone makes of a batch of images, before it is scaled."""
+        """Features of a batch of images, before they are scaled."""
         return self.model.backbone(self.tiles(batch))
 
     def targets(self, features: Tensor) -> Tensor:
-        """Scale what the backbone makes of images, ``(B, U, H_0, W_0)``."""
+        """Scale features of shape ``(B, U, H_0, W_0)``."""
         return self.model.scale(features)
 
     def start(self, features: Iterable[Tensor]) -> None:
-        """Scale the features of all training images, and find V from them, unless it is given.
+        """Take the scale of the features of the normal training images, and find V from them, unless it is given.
 
         Args:
             features (Iterable[Tensor]): Features of shape ``(b, U, H_0, W_0)``.
@@ -216,7 +213,7 @@ class SAAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         """Adam, as in section 4.1.2, with a constant learning rate or one cycle.
 
         Raises:
-            ValueError: If there is no autoencoder, as nobody has looked for its latent width.
+            ValueError: If there is no autoencoder yet, because V is not known.
         """
         if self.model.autoencoder is None:
             msg = (

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .anomaly_map import Distance, feature_distance
 
-# images compared at a time: on a CPU, memory for the differences of a whole batch takes longer to fetch than to fill
+# images compared at a time: on a CPU, fetching memory for the differences of a whole batch takes longer than computing
 IMAGES_PER_PART = 4
 
 

@@ -30,6 +30,7 @@ from anomalib_recon.layers import (
     ScaleBy,
     Tiling,
     TopMean,
+    check_choice,
     check_dropout,
     check_image_size,
     check_whole,
@@ -127,12 +128,8 @@ class SAAEModel(Tiling, nn.Module):
         super().__init__()
         sizes = {"patch_size": patch_size, "num_heads": num_heads, "depth": depth, "mlp_ratio": mlp_ratio}
         check_whole(**sizes, latent_dim=1 if latent_dim is None else latent_dim)
-        if distance not in {"norm", "mse", "mahalanobis"}:
-            msg = f"distance must be 'norm', 'mse' or 'mahalanobis', got {distance!r}."
-            raise ValueError(msg)
-        if transformer not in {True, False, "author"}:
-            msg = f"transformer must be True, False or 'author', got {transformer!r}."
-            raise ValueError(msg)
+        check_choice(("norm", "mse", "mahalanobis"), distance=distance)
+        check_choice((True, False, "author"), transformer=transformer)
         check_dropout(backbone_dropout=backbone_dropout)
         self.image_size = image_size
         self.backbone = create_dense_features(

@@ -203,7 +203,8 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         self.confetti = ConfettiNoise(confetti) if confetti else None
         self.labels = labels
         self.loads_start = labels is not None
-        self.normal_checkpoint = normal_checkpoint
+        # the engine moves the link `latest` before the fit that reads it
+        self.normal_checkpoint = normal_checkpoint and Path(normal_checkpoint).resolve()
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.lr_drop_epoch = lr_drop_epoch

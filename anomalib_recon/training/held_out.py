@@ -59,6 +59,7 @@ class HeldOutImages(Callback):
             self.losses, self.paths, self._best_weights = [], [], {}
         elif not self._best_weights:  # a finished run, which has the weights of its best epoch
             self._best_weights = _copy_weights(pl_module)
+            trainer.should_stop = self._epochs_since_best >= self.patience
         datamodule: Any = getattr(trainer, "datamodule", None)
         if datamodule is None:
             msg = f"{type(pl_module).__name__} holds out training images, which needs a datamodule; pass datamodule."
@@ -116,12 +117,15 @@ class HeldOutImages(Callback):
             raise RuntimeError(msg)
         module.log("held_out_loss", loss, prog_bar=True)
         self.losses.append(loss)
-        epochs_since_best = len(self.losses) - 1 - self.losses.index(min(self.losses))
-        if epochs_since_best == 0:
+        if self._epochs_since_best == 0:
             self._best_weights = _copy_weights(pl_module)
-        if epochs_since_best >= self.patience:
+        if self._epochs_since_best >= self.patience:
             logger.info("The held-out loss has not fallen for %d epochs.", self.patience)
             trainer.should_stop = True
+
+    @property
+    def _epochs_since_best(self) -> int:
+        return len(self.losses) - 1 - self.losses.index(min(self.losses)) if self.losses else 0
 
     def restore_best_weights(self, module: Any) -> None:
         """Give the model the weights of the best epoch, and forget them.

@@ -141,6 +141,19 @@ def test_training_stops_without_a_lower_loss(stripes: Path, tmp_path: Path) -> N
     assert float(model.model.normal_difference.sum()) > 0
 
 
+def test_a_run_that_has_stopped_trains_on_with_more_patience_alone(stripes: Path, tmp_path: Path) -> None:
+    model = build(learning_rate=1e-12, patience=2)
+    torch.nn.init.zeros_(model.model.head.weight)
+    _, first, _ = train(stripes, tmp_path / "first", model, max_epochs=50)
+    checkpoint = checkpoint_in(tmp_path / "first")
+    same, second, _ = train(stripes, tmp_path / "second", build(patience=2), checkpoint, max_epochs=60)
+    assert second.losses == first.losses
+    for name, value in model.model.state_dict().items():
+        assert torch.equal(same.model.state_dict()[name], value), name
+    _, third, _ = train(stripes, tmp_path / "third", build(learning_rate=1e-12, patience=4), checkpoint, max_epochs=60)
+    assert len(third.losses) > len(first.losses)
+
+
 @pytest.mark.parametrize("moment", ["in the middle of an epoch", "while finishing"])
 def test_interrupted_run_resumes_to_the_same_result(stripes: Path, tmp_path: Path, moment: str) -> None:
     whole, of_whole, _ = train(stripes, tmp_path / "whole")

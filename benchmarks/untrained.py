@@ -5,9 +5,10 @@
 ``python -m benchmarks.untrained --root DATA --categories pill screw --weights tf_efficientnet_b4.safetensors``
 
 A ``constant`` predicts the mean of each place, a ``PCA`` the principal components, of all cells together, that hold a
-share of the variance. What they miss is measured by its L2 norm, each layer brought to one scale, or by the Mahalanobis
-distance of the recommended models. The image's score is the mean of a share of the map, from the highest value down. No
-value depends on a seed. Prints tables and writes them as JSON, of which what is there is not measured again.
+share of the variance. What they miss is measured by its L2 norm, each layer brought to one scale unless
+``--feature_scale`` says otherwise, or by the Mahalanobis distance of the recommended models. The image's score is the
+mean of a share of the map, from the highest value down. No value depends on a seed. Prints tables and writes them as
+JSON, of which what is there is not measured again.
 """
 
 import argparse
@@ -99,7 +100,7 @@ def measure(category: str, args: argparse.Namespace) -> None:
     datamodule.setup()
     train, _ = load(datamodule.train_data, backbone, transform)
     test, masks = load(datamodule.test_data, backbone, transform)
-    scale = FeatureScale(backbone.layer_channels, "stage")
+    scale = FeatureScale(backbone.layer_channels, args.feature_scale)
     scale.fit(train.split(BATCH_SIZE))
     train, test = scale(train), scale(test)
 
@@ -122,6 +123,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True, help="weights of the backbone in timm's format")
     parser.add_argument("--layers", nargs="+", default=["blocks.1", "blocks.2", "blocks.4"])
     parser.add_argument("--feature_stride", type=int, help="side of a cell in pixels; 8 for a CNN")
+    parser.add_argument("--feature_scale", choices=["none", "stage", "channel", "whiten"], default="stage")
     parser.add_argument("--image_size", type=int, default=256)
     parser.add_argument("--variance", type=float, nargs="*", default=[0.8, 0.95], help="shares that the PCAs hold")
     parser.add_argument("--top_fractions", type=float, nargs="+", default=[0.01], help="0 for the maximum")

@@ -263,8 +263,9 @@ def _find_stages(backbone: str, layers: Sequence[str] | None) -> tuple[int, ...]
 def _freeze(backbone: Any, stage: int) -> None:
     """Freeze the weights that a stage depends on: its own and those before it."""
     weights = list(backbone.parameters())
-    features = backbone.eval()(torch.zeros(1, NUM_CHANNELS, PROBE_SIZE, PROBE_SIZE))[stage]
-    gradients = torch.autograd.grad(features.sum(), weights, allow_unused=True)
+    with torch.enable_grad():  # a model may be built where gradients are off
+        features = backbone.eval()(torch.zeros(1, NUM_CHANNELS, PROBE_SIZE, PROBE_SIZE))[stage]
+        gradients = torch.autograd.grad(features.sum(), weights, allow_unused=True)
     for weight, gradient in zip(weights, gradients, strict=True):
         weight.requires_grad_(gradient is None)
 

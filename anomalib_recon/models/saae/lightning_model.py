@@ -217,8 +217,8 @@ class SAAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
         """
         if self.model.autoencoder is None:
             msg = (
-                "SAAE has no latent_dim yet: pass it, or a datamodule; and a new Engine, if this one has trained "
-                "another model."
+                "latent_dim must be given when training without a datamodule, or on an Engine that has trained another "
+                "model; pass it, a datamodule, or a new Engine."
             )
             raise ValueError(msg)
         optimizer = torch.optim.Adam(self.model.autoencoder.parameters(), lr=self.learning_rate)

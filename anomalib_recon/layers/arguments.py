@@ -3,7 +3,7 @@
 """Checks of the arguments of models."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import Tensor
 
@@ -50,11 +50,7 @@ def check_fraction(**arguments: float) -> None:
     Raises:
         ValueError: If a value is not a number, or out of its range.
     """
-    check_finite(**arguments)
-    for name, value in arguments.items():
-        if not 0 <= value <= 1:
-            msg = f"{name} must be from 0 to 1, got {value}."
-            raise ValueError(msg)
+    _check_range(arguments, lambda value: 0 <= value <= 1, "be from 0 to 1")
 
 
 def check_dropout(**arguments: float) -> None:
@@ -66,11 +62,7 @@ def check_dropout(**arguments: float) -> None:
     Raises:
         ValueError: If a value is not a number, or out of its range.
     """
-    check_finite(**arguments)
-    for name, value in arguments.items():
-        if not 0 <= value < 1:
-            msg = f"{name} must be at least 0 and below 1, got {value}."
-            raise ValueError(msg)
+    _check_range(arguments, lambda value: 0 <= value < 1, "be at least 0 and below 1")
 
 
 def check_positive(**arguments: float) -> None:
@@ -82,11 +74,7 @@ def check_positive(**arguments: float) -> None:
     Raises:
         ValueError: If a value is not a number, NaN, infinite, or not above 0.
     """
-    check_finite(**arguments)
-    for name, value in arguments.items():
-        if value <= 0:
-            msg = f"{name} must be positive, got {value}."
-            raise ValueError(msg)
+    _check_range(arguments, lambda value: value > 0, "be positive")
 
 
 def check_not_negative(**arguments: float) -> None:
@@ -98,11 +86,7 @@ def check_not_negative(**arguments: float) -> None:
     Raises:
         ValueError: If a value is not a number, NaN, infinite, or negative.
     """
-    check_finite(**arguments)
-    for name, value in arguments.items():
-        if value < 0:
-            msg = f"{name} must not be negative, got {value}."
-            raise ValueError(msg)
+    _check_range(arguments, lambda value: value >= 0, "not be negative")
 
 
 def check_share(**arguments: float) -> None:
@@ -114,10 +98,15 @@ def check_share(**arguments: float) -> None:
     Raises:
         ValueError: If a value is not a number, or out of its range.
     """
+    _check_range(arguments, lambda value: 0 < value <= 1, "be above 0 and at most 1")
+
+
+def _check_range(arguments: Mapping[str, float], is_inside: Callable[[float], bool], words: str) -> None:
+    """Refuse numbers that are not finite, or out of a range that the words describe."""
     check_finite(**arguments)
     for name, value in arguments.items():
-        if not 0 < value <= 1:
-            msg = f"{name} must be above 0 and at most 1, got {value}."
+        if not is_inside(value):
+            msg = f"{name} must {words}, got {value}."
             raise ValueError(msg)
 
 

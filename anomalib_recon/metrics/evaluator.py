@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from anomalib_recon.layers import check_choice
 from anomalib_recon.training import check_products, find_products
+from anomalib_recon.training.image_files import mask_files
 
 from .score_curve import AUPRO, AUROC
 
@@ -188,8 +189,8 @@ class RawScoreEvaluator(Evaluator):
     def _read_mask(self, image_path: str, gt_mask: Tensor) -> Tensor:
         """The ground truth of an image at its original size, ``(H, W)``."""
         if mask_path := self._mask_paths.get(image_path):
-            paths = [mask_path] if isinstance(mask_path, str) else mask_path  # MVTec LOCO has several masks an image
-            return torch.stack([cast("Tensor", read_mask(path, as_tensor=True)) for path in paths]).any(dim=0)
+            masks = [cast("Tensor", read_mask(path, as_tensor=True)) for path in mask_files(mask_path)]
+            return torch.stack(masks).any(dim=0)
         if gt_mask.any():
             msg = f"pixel_size='original' needs a file with the mask of {image_path}; choose pixel_size='model'."
             raise ValueError(msg)

@@ -131,10 +131,12 @@ class RegionPostProcessor(PostProcessor):
             ValueError: If the region vanishes at the size of the model's images.
         """
         del trainer, stage
+        if self.region is None:
+            return
         if size := getattr(pl_module, "input_size", None):
-            self._check_region(tuple(size))
+            self._check_region(self.region, tuple(size))
         evaluator: Any = getattr(pl_module, "evaluator", None)
-        if self.region is None or evaluator is None or isinstance(evaluator, RawScoreEvaluator):
+        if evaluator is None or isinstance(evaluator, RawScoreEvaluator):
             return
         if of_pixels := [metric.name for metric in evaluator.test_metrics if "gt_mask" in metric.fields]:
             logger.warning(
@@ -157,13 +159,14 @@ class RegionPostProcessor(PostProcessor):
             msg = "region needs a model with an anomaly map, and this one gives only scores; crop the images instead."
             raise ValueError(msg)
         if not torch.compiler.is_exporting():
-            self._check_region(tuple(batch.anomaly_map.shape[-2:]))
+            self._check_region(self.region, tuple(batch.anomaly_map.shape[-2:]))
         batch.anomaly_map = self.region(batch.anomaly_map)
         batch.pred_score = self.region.score(batch.anomaly_map, self.top_fraction)
         self.region.restrict_truth(batch)
 
-    def _check_region(self, size: tuple[int, int]) -> None:
-        if self.region is not None and not self.region.at(size).any():
+    @staticmethod
+    def _check_region(region: RegionOfInterest, size: tuple[int, int]) -> None:
+        if not region.at(size).any():
             msg = f"region must hold a pixel of the anomaly map, which has the size {size}; make it wider."
             raise ValueError(msg)
 

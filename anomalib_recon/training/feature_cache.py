@@ -93,14 +93,19 @@ class FeatureCache(Callback):
             raise ValueError(msg)
         # a fit that no epoch is left for leaves the model as it is; other weights of the backbone may be loaded later.
         # `trainer.ckpt_path` would be that of an earlier run here
-        if stage == "fit" and _has_ended(trainer):
+        if stage != "fit":
+            return
+        if _has_ended(trainer):
             logger.warning(
                 "An earlier fit of this trainer has trained all max_epochs=%s, so nothing is trained; use a new "
                 "Engine, or raise max_epochs.",
                 trainer.max_epochs,
             )
-        if stage != "fit" or _has_ended(trainer) or module.loads_start:
-            return
+        elif not module.loads_start:
+            self._begin(trainer, module, datamodule)
+
+    def _begin(self, trainer: Trainer, module: Any, datamodule: Any) -> None:
+        """Fill the cache, and let the model look at the features."""
         self._prepare(trainer, module, datamodule)
         if datamodule is not None:
             module.start(_NormalFeatures(lambda: self._normal_features(trainer, module)))

@@ -2,7 +2,7 @@
 
 """Find image files that cannot be used, before a long training rather than in the middle of it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,11 @@ def levels_of(dataset: object) -> GreyLevels | None:
     """Levels by which a dataset reads images with more than 8 bits of grey: those of this package have ``levels``."""
     levels = getattr(dataset, "levels", None)
     return levels if isinstance(levels, GreyLevels) else None
+
+
+def mask_files(mask_path: str | Sequence[str]) -> Sequence[str]:
+    """Files with the masks of an image: one in most data sets, several in MVTec LOCO."""
+    return [mask_path] if isinstance(mask_path, str) else mask_path
 
 
 def check_mask_files(paths: Iterable[str | Path]) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Compose, Resize
 
-from .image_files import check_image_files, check_mask_files, levels_of
+from .image_files import check_image_files, check_mask_files, levels_of, mask_files
 
 Result = TypeVar("Result")
 
@@ -162,5 +162,5 @@ def check_training_files(datamodule: Any, module: AnomalibModule) -> None:
         check_image_files(dataset.samples.image_path, deep_grey=levels_of(dataset) is not None)
         if dataset.task == TaskType.SEGMENTATION:
             anomalous = dataset.samples.label_index == LabelName.ABNORMAL
-            masks = filter(None, dataset.samples.mask_path[anomalous])  # MVTec LOCO has several an image
-            check_mask_files(path for mask in masks for path in ([mask] if isinstance(mask, str) else mask))
+            masks = filter(None, dataset.samples.mask_path[anomalous])
+            check_mask_files(path for mask in masks for path in mask_files(mask))

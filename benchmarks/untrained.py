@@ -90,7 +90,8 @@ def measure_distances(
             rows.measure(f"{name}, {by}, highest {fraction:.2%}", partial(score, distance, masks, fraction))
 
 
-def measure(category: str, args: argparse.Namespace) -> None:
+def load_scaled(category: str, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
+    """Scaled features of the good images and of the test images, both (N, C, h, w), and the latter's masks."""
     size = (args.image_size, args.image_size)
     backbone = create_dense_features(
         args.backbone, args.layers, size, args.feature_stride, pre_trained=False, weights=args.weights
@@ -102,8 +103,11 @@ def measure(category: str, args: argparse.Namespace) -> None:
     test, masks = load(datamodule.test_data, backbone, transform)
     scale = FeatureScale(backbone.layer_channels, args.feature_scale)
     scale.fit(train.split(BATCH_SIZE))
-    train, test = scale(train), scale(test)
+    return scale(train), scale(test), masks
 
+
+def measure(category: str, args: argparse.Namespace) -> None:
+    train, test, masks = load_scaled(category, args)
     rows = Rows(args.output / f"{category}.json", args)
     place_mean = train.mean(dim=0)
     measure_distances("constant", train - place_mean, test - place_mean, masks, rows, args.top_fractions)
@@ -115,8 +119,8 @@ def measure(category: str, args: argparse.Namespace) -> None:
         measure_distances(name, normal, tested, masks, rows, args.top_fractions)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_features(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the features and of the image's score."""
     parser.add_argument("--root", type=Path, required=True, help="data in MVTec AD's layout")
     parser.add_argument("--categories", nargs="+", required=True)
     parser.add_argument("--backbone", default="tf_efficientnet_b4")
@@ -125,8 +129,13 @@ def main() -> None:
     parser.add_argument("--feature_stride", type=int, help="side of a cell in pixels; 8 for a CNN")
     parser.add_argument("--feature_scale", choices=["none", "stage", "channel", "whiten"], default="stage")
     parser.add_argument("--image_size", type=int, default=256)
-    parser.add_argument("--variance", type=float, nargs="*", default=[0.8, 0.95], help="shares that the PCAs hold")
     parser.add_argument("--top_fractions", type=float, nargs="+", default=[0.01], help="0 for the maximum")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_features(parser)
+    parser.add_argument("--variance", type=float, nargs="*", default=[0.8, 0.95], help="shares that the PCAs hold")
     parser.add_argument("--output", type=Path, default=Path("results/untrained"))
     args = parser.parse_args()
     warnings.filterwarnings("ignore")

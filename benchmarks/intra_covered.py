@@ -40,7 +40,7 @@ def take_statistics(model: InTra, datamodule: MVTecAD) -> None:
     batches = normal_patches(model, datamodule).split(BATCH_SIZE)
     pairs = ((patches, network.reconstruct(patches)) for patches in batches)
     if network.mahalanobis is not None:
-        network.mahalanobis.fit(network.residual(*pair) for pair in pairs)
+        network.mahalanobis.fit(tuple(map(network.unpatchify, pair)) for pair in pairs)
         return
     differences = [network.difference(*pair) for pair in pairs]
     network.normal_difference.copy_(torch.cat(differences).mean(dim=0, keepdim=True))

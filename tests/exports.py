@@ -71,12 +71,6 @@ def run(path: Path, images: np.ndarray, batch_size: int, config: dict[str, str] 
     return {name: np.concatenate([output[name] for output in outputs]) for name in names}
 
 
-def is_last_product_in_floating_point(path: Path) -> bool:
-    """Whether the weights of the last matrix product of an exported model are stored as they are, not in 8 bits."""
-    products = [node for node in openvino.Core().read_model(path).get_ordered_ops() if node.get_type_name() == "MatMul"]
-    return products[-1].input_value(1).get_node().get_type_name() == "Constant"
-
-
 def quantised_convolutions(path: Path) -> list[bool]:
     """Whether each convolution of an exported model takes an input in 8 bits, in the order of the graph."""
     convolutions = [

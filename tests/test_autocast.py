@@ -43,7 +43,7 @@ FEATURES: dict[str, Comparison] = {
     "SAAE's map": SAAEMap((128, 96), "norm"),
     "InTra's loss": InTraLoss(),
     "InTra's difference": InTraMap(SIZE).difference,
-    "InTra's residual": lambda *pair: intra().residual(*map(as_patches, pair)),
+    "InTra's distance": lambda *pair: intra().mahalanobis(*pair),
     "InTra's map": lambda *pair: intra().compare(*map(as_patches, pair)).anomaly_map,
 }
 

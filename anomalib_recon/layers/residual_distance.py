@@ -33,6 +33,22 @@ SHRINKAGE = 0.01
 MIN_VARIANCE = 1e-6
 
 
+def to_unit_covariance(covariances: Tensor) -> Tensor:
+    """Maps of residuals to unit covariance, after all variances have been raised a little.
+
+    Args:
+        covariances (Tensor): Covariances of shape ``(n, C, C)``; their diagonals are changed.
+
+    Returns:
+        Tensor: Lower triangular matrices of the same shape.
+    """
+    variances = covariances.diagonal(dim1=1, dim2=2)
+    variances += SHRINKAGE * variances.mean(dim=1, keepdim=True).clamp(min=MIN_VARIANCE)
+    factors = torch.linalg.cholesky(covariances)
+    identity = torch.eye(covariances.shape[1], device=covariances.device)
+    return torch.linalg.solve_triangular(factors, identity.expand_as(factors), upper=False)
+
+
 class ResidualDistance(nn.Module):
     """Mahalanobis distance of a residual, by mean and covariance of the normal residuals at that place.
 
@@ -86,13 +102,8 @@ class ResidualDistance(nn.Module):
         products.div_(num_images * cells).baddbmm_(means.mT, means, alpha=-1 / cells)
         common = products.mean(dim=0)
         weight = PRIOR_EXAMPLES / (PRIOR_EXAMPLES + num_images * cells)
-        identity = torch.eye(len(common), device=common.device)
         for part in products.split(BLOCKS_PER_PART):
-            covariance = (1 - weight) * part + weight * common
-            variance = covariance.diagonal(dim1=1, dim2=2)
-            variance += SHRINKAGE * variance.mean(dim=1, keepdim=True).clamp(min=MIN_VARIANCE)
-            factor = torch.linalg.cholesky(covariance)
-            part.copy_(torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False))
+            part.copy_(to_unit_covariance((1 - weight) * part + weight * common))
         self.whitening = products
 
     def forward(self, features: Tensor, reconstruction: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
             equal. With 1, images in colour are taken as the mean of their channels.
             Defaults to ``3``.
         distance (Literal["gms", "mahalanobis"]): Compare the gradients of images and paintings (section 3.5), or
-            pixels and gradients of each patch, in units of normal residuals at that place.
+            pixels and gradients, in units of what is normal for what is painted there.
             Defaults to ``"gms"``.
         top_fraction (float): Share of the map, from the highest value down, whose mean is the image's score; at 0 the
             score is the maximum (eq. 18).
@@ -320,23 +320,25 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
             total += self.loss(self.model.pixels(patches), self.model.pixels(inpainted))
         return float(self.trainer.strategy.reduce(total, reduce_op="sum")) / len(images)
 
-    def residuals(self) -> Iterator[Tensor]:
-        """Compare the normal training images with what is painted; see :meth:`InTraModel.residual`.
+    def paintings(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Paint the normal training images, in an order that is drawn once and for all.
 
         Yields:
-            Tensor: Residuals of shape ``(b, K * K * (C + 5 / 16), N, M)``.
+            tuple[Tensor, Tensor]: Images, or their tiles, and paintings, both of shape ``(b, C, H, W)``.
         """
 
-        def residual(batch: Any) -> Tensor:
+        def paint(batch: Any) -> tuple[Tensor, Tensor]:
             patches = self.model.embed(self.tiles(batch))
-            return self.model.residual(patches, self.model.reconstruct(patches))
+            return self.model.unpatchify(patches), self.model.unpatchify(self.model.reconstruct(patches))
 
-        yield from map_images(self.trainer, self, self.training_images(), residual)
+        images = self.training_images()
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        yield from map_images(self.trainer, self, images.subsample(order.tolist()), paint)
 
     def finish(self) -> None:
-        """Take the mean difference of the normal training images (eq. 17), or measure their residuals."""
+        """Take the mean difference of the normal training images (eq. 17), or what is normal for what is painted."""
         if self.model.mahalanobis is not None:
-            self.model.mahalanobis.fit(self.residuals())
+            self.model.mahalanobis.fit(self.paintings())
             return
 
         def total_difference(batch: Any) -> Tensor:

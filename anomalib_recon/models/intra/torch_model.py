@@ -34,9 +34,10 @@ from torch import Tensor, nn
 from torch._higher_order_ops import scan
 from torch.nn import functional
 
-from anomalib_recon.layers import ResidualDistance, Tiling, TopMean, check_choice, check_whole
+from anomalib_recon.layers import Tiling, TopMean, check_choice, check_whole
 
 from .anomaly_map import AnomalyMapGenerator
+from .context_distance import ContextDistance
 from .transformer import ATTENTION, TransformerBlock
 from .windows import centred_windows
 
@@ -68,8 +69,8 @@ class InTraModel(Tiling, nn.Module):
         in_channels (int): Channels C of the images. With 1, images of three channels are taken, too, as the mean of
             their channels.
         distance (Literal["gms", "mahalanobis"]): Compare the gradients of images and paintings (section 3.5), or
-            pixels and gradients of each patch, in units of normal residuals at that place; see
-            :class:`~anomalib_recon.layers.ResidualDistance`.
+            pixels and gradients, in units of what is normal for what is painted there; see
+            :class:`~anomalib_recon.models.intra.context_distance.ContextDistance`.
         top_fraction (float): Share of the map, from the highest value down, whose mean is the image's score; at 0 the
             score is the maximum (eq. 18).
 
@@ -142,14 +143,7 @@ class InTraModel(Tiling, nn.Module):
         # mean of diff(z) over the normal training images z (eq. 17), zero until it is known
         self.register_buffer("normal_difference", torch.zeros(1, 1, *image_size))
         self.normal_difference: Tensor
-        self.mahalanobis: ResidualDistance | None = None
-        if distance == "mahalanobis":
-            if patch_size % 4:
-                msg = f"patch_size must be a multiple of 4 for distance='mahalanobis', got {patch_size}."
-                raise ValueError(msg)
-            # pixels, and gradients at half and at quarter scale
-            num_differences = patch_dim + (patch_size // 2) ** 2 + (patch_size // 4) ** 2
-            self.mahalanobis = ResidualDistance(num_differences, self.grid_size)
+        self.mahalanobis = ContextDistance(in_channels, image_size, patch_size) if distance == "mahalanobis" else None
         self.top_mean = TopMean(top_fraction)
 
     def forward(self, images: Tensor) -> InferenceBatch:
@@ -257,7 +251,7 @@ class InTraModel(Tiling, nn.Module):
         return is_self | ~is_covered[:, None, None]
 
     def compare(self, patches: Tensor, reconstruction: Tensor) -> InferenceBatch:
-        """Compare images and reconstructions: their gradients (section 3.5), or pixels and gradients of each patch.
+        """Compare images and reconstructions: their gradients (section 3.5), or pixels and gradients.
 
         Args:
             patches (Tensor): Patches of shape ``(B, N * M, K * K * C)``.
@@ -271,31 +265,13 @@ class InTraModel(Tiling, nn.Module):
         if self.mahalanobis is None:
             anomaly_map = self.anomaly_map_generator(self.difference(patches, reconstruction), self.normal_difference)
         else:
-            residual = self.residual(patches, reconstruction)
-            distances = self.mahalanobis(residual, torch.zeros_like(residual))
+            distances = self.mahalanobis(self.unpatchify(patches), self.unpatchify(reconstruction))
             anomaly_map = functional.interpolate(distances, self.image_size, mode="bilinear", align_corners=False)
         return InferenceBatch(pred_score=self.top_mean(anomaly_map), anomaly_map=anomaly_map)
 
     def difference(self, patches: Tensor, reconstruction: Tensor) -> Tensor:
         """``diff`` of section 3.5, ``(B, N * M, K * K * C) -> (B, 1, H, W)``."""
         return self.anomaly_map_generator.difference(self.unpatchify(patches), self.unpatchify(reconstruction))
-
-    def residual(self, patches: Tensor, reconstruction: Tensor) -> Tensor:
-        """Differences at each patch: of its pixels, and of gradients at half and at quarter scale.
-
-        Args:
-            patches (Tensor): Patches of shape ``(B, N * M, K * K * C)``.
-            reconstruction (Tensor): Inpainted patches of the same shape.
-
-        Returns:
-            Tensor: Differences of shape ``(B, K * K * (C + 5 / 16), N, M)``.
-        """
-        gradients = self.anomaly_map_generator.gradient_differences(
-            self.unpatchify(patches), self.unpatchify(reconstruction)
-        )
-        of_patches = [functional.pixel_unshuffle(maps, maps.shape[-1] // self.grid_size[1]) for maps in gradients]
-        pixels = (patches.float() - reconstruction.float()).mT.unflatten(2, self.grid_size)
-        return torch.cat([pixels, *of_patches], dim=1)
 
     @torch.no_grad()
     def attention_rollout(self, image: Tensor, row: int, col: int) -> Tensor:

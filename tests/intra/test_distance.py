@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""InTra with paintings compared in units of normal residuals."""
+"""InTra with paintings compared in units of what is normal."""
 
 from pathlib import Path
 
 import numpy as np
+import openvino
 import pytest
 import torch
 from anomalib.deploy import CompressionType, ExportType
-from torch.nn import functional
 
 from anomalib_recon.models import InTra
-from anomalib_recon.models.intra.loss import gradient_magnitude_similarity
 from anomalib_recon.models.intra.torch_model import InTraModel
-from tests.exports import expected_from, export, images_of, is_last_product_in_floating_point, run
+from tests.exports import expected_from, export, images_of, run
 from tests.intra.test_training import SCHEDULE, SMALL, data, train
 
 SIZES = {"image_size": (48, 40), "patch_size": 8, "window_size": 5, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -36,7 +35,8 @@ def test_distances_lie_at_the_places_of_their_patches() -> None:
         image_size=(48, 40), patch_size=8, window_size=5, embed_dim=16, depth=1, num_heads=2, **ARGUMENTS
     )
     normal = torch.rand(300, 30, 192)
-    model.mahalanobis.fit([model.residual(normal, normal + 0.1 * torch.randn_like(normal))])
+    pair = (normal, normal + 0.1 * torch.randn_like(normal))
+    model.mahalanobis.fit([tuple(map(model.unpatchify, pair))])
     painted = torch.rand(1, 30, 192)
     patches = painted.clone()
     patches[0, 2 * 5 + 3] += 1  # row 2, column 3 of 6 x 5 patches
@@ -50,20 +50,7 @@ def test_distances_lie_at_the_places_of_their_patches() -> None:
 
 
 @torch.no_grad()
-def test_pixels_and_gradients_of_a_patch_are_compared() -> None:
-    model = InTraModel(**SIZES, **ARGUMENTS)
-    images, painted = torch.rand(2, 1, 3, 48, 40)
-    residual = model.residual(model.embed(images), model.embed(painted))
-    assert residual.shape == (1, 192 + 16 + 4, 6, 5)
-    pixels = (images - painted)[0, :, 16:24, 24:32].permute(1, 2, 0)  # row 2, column 3 of 6 x 5 patches
-    torch.testing.assert_close(residual[0, :192, 2, 3], pixels.flatten())
-    halves = [functional.interpolate(part, scale_factor=0.5, mode="bilinear") for part in (images, painted)]
-    of_gradients = 1 - gradient_magnitude_similarity(*halves).mean(dim=1)[0]
-    torch.testing.assert_close(residual[0, 192:208, 2, 3], of_gradients[8:12, 12:16].flatten())
-
-
-@torch.no_grad()
-def test_residuals_of_the_training_images_are_measured(
+def test_paintings_of_the_training_images_are_measured(
     trained: tuple[InTra, Path, dict[str, float]], stripes: Path
 ) -> None:
     model, _, metrics = trained
@@ -71,11 +58,17 @@ def test_residuals_of_the_training_images_are_measured(
     datamodule.setup("fit")
     images = model.pre_processor.transform(torch.stack([item.image for item in datamodule.train_data]))
     patches = model.model.embed(images)
-    residuals = model.model.residual(patches, model.model.reconstruct(patches))
-    torch.testing.assert_close(model.model.mahalanobis.mean, residuals.mean(dim=0), atol=1e-5, rtol=1e-4)
-    distances = model.model.mahalanobis(residuals, torch.zeros_like(residuals))
+    pair = (patches, model.model.reconstruct(patches))
+    distances = model.model.mahalanobis(*map(model.model.unpatchify, pair))
     assert 0.3 < distances.square().mean() < 1.1
     assert metrics["pixel_AUROC"] > 0.9
+
+
+def operations_behind_the_loop(path: Path) -> list[openvino.Node]:
+    """What an exported InTra computes from the painted patches."""
+    ops = openvino.Core().read_model(path).get_ordered_ops()
+    [loop] = [number for number, node in enumerate(ops) if node.get_type_name() in {"Loop", "TensorIterator"}]
+    return ops[loop + 1 :]
 
 
 def test_checkpoint_and_export_hold_the_distance(
@@ -86,8 +79,11 @@ def test_checkpoint_and_export_hold_the_distance(
     images = images_of(stripes, (64, 64))
     expected = expected_from(model, images)
     result = run(export(model, tmp_path, ExportType.OPENVINO), images, 2)
-    for name in ("pred_score", "anomaly_map"):
-        np.testing.assert_allclose(result[name].reshape(expected[name].shape), expected[name], atol=1e-3)
+    np.testing.assert_allclose(result["pred_score"].flatten(), expected["pred_score"].flatten(), atol=1e-3)
+    difference = np.abs(result["anomaly_map"].reshape(expected["anomaly_map"].shape) - expected["anomaly_map"])
+    # where two contexts are equally near, rounding takes the one or the other
+    assert difference.max() < 1e-2
+    assert (difference < 1e-3).mean() > 0.99
     path = export(
         model,
         tmp_path / "ptq",
@@ -95,6 +91,6 @@ def test_checkpoint_and_export_hold_the_distance(
         compression_type=CompressionType.INT8_PTQ,
         datamodule=data(stripes),
     )
-    assert is_last_product_in_floating_point(path)
+    assert "FakeQuantize" not in {node.get_type_name() for node in operations_behind_the_loop(path)}
     with pytest.raises(ValueError, match=r"distance"):
         InTra(**SMALL).on_load_checkpoint(torch.load(checkpoint, weights_only=True))

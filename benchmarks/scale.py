@@ -122,18 +122,19 @@ def search(num_vectors: int, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def plot(path: Path, rows: list[dict[str, Any]], x_label: str, y_labels: dict[str, str]) -> None:
-    """Draw a line for each model, with both axes logarithmic; a panel for each key in ``y_labels``."""
-    figure = Figure(figsize=(3.6 * len(y_labels), 2.7), layout="constrained")
+    """Draw a line for each model; a panel for each key in ``y_labels``, of which seconds are logarithmic."""
+    figure = Figure(figsize=(3.6 * len(y_labels) + 1.4, 2.7), layout="constrained")
     for axes, (key, y_label) in zip(figure.subplots(1, len(y_labels), squeeze=False)[0], y_labels.items(), strict=True):
         for name in dict.fromkeys(row["model"] for row in rows):
             points = [(row["x"], row[key]) for row in rows if row["model"] == name]
-            axes.loglog(*zip(*points, strict=True), marker="o", markersize=3, label=name)
-        axes.set(xlabel=x_label, ylabel=y_label)
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+        axes.set(xlabel=x_label, ylabel=y_label, xscale="log")
+        axes.set(yscale="log") if key == "seconds" else axes.set(ylim=(0, None))
         axes.set_xticks(sorted({row["x"] for row in rows}), minor=False)
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right", fontsize="small")
     figure.savefig(path, dpi=90)
 
 

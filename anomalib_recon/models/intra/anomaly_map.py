@@ -66,24 +66,12 @@ class AnomalyMapGenerator(nn.Module):
             Tensor: Difference maps of shape ``(B, 1, H, W)`` with values in [0, 1).
         """
         with torch.autocast(images.device.type, enabled=False):
-            parts = zip(self.smooth, self.gradient_differences(images, reconstruction), strict=True)
-            maps = [self._resize(smooth(part), self.image_size) for smooth, part in parts]
-            return torch.stack(maps).mean(dim=0)
-
-    def gradient_differences(self, images: Tensor, reconstruction: Tensor) -> list[Tensor]:
-        """How gradients differ, d_g of eq. 11.
-
-        Args:
-            images (Tensor): Images of shape ``(B, C, H, W)`` with values in [0, 1].
-            reconstruction (Tensor): Reconstructed images of the same shape.
-
-        Returns:
-            list[Tensor]: Maps with values in [0, 1), at half and at quarter scale: ``(B, 1, H / 2, W / 2)`` and
-                ``(B, 1, H / 4, W / 4)``.
-        """
-        with torch.autocast(images.device.type, enabled=False):
             images, reconstruction = images.float(), reconstruction.float()
-            return [self._gradient_difference(images, reconstruction, scale) for scale in self.scales]
+            maps = [
+                self._resize(smooth(self._gradient_difference(images, reconstruction, scale)), self.image_size)
+                for scale, smooth in zip(self.scales, self.smooth, strict=True)
+            ]
+            return torch.stack(maps).mean(dim=0)
 
     def forward(self, difference: Tensor, normal_difference: Tensor) -> Tensor:
         """Deviation from the mean difference of normal images: the root of eq. 17.

@@ -140,19 +140,16 @@ class ContextDistance(nn.Module):
                 break
         self.centres.copy_(_cluster(torch.cat([contexts for _, contexts in examples])))
 
-        products, total = torch.zeros_like(self.whitening), torch.zeros_like(self.mean)
-        count = torch.zeros(NUM_CONTEXTS, device=total.device)
+        self.mean.zero_()
+        products, counts = torch.zeros_like(self.whitening), torch.zeros(NUM_CONTEXTS, device=self.mean.device)
         for differences, contexts in chain(examples, batches):
             nearest = self._nearest(contexts)
             sizes = nearest.bincount(minlength=NUM_CONTEXTS)
             for index, part in enumerate(differences[nearest.argsort()].split(sizes.tolist())):
-                products[index] += part.T @ part
-                total[index] += part.sum(dim=0)
-            count += sizes
-        self.mean = total / count.clamp(min=1)[:, None]
-        products -= self.mean[:, :, None] * total[:, None]
-        common = products.sum(dim=0) / count.sum()
-        self.whitening = to_unit_covariance((products + PRIOR_CELLS * common) / (count + PRIOR_CELLS)[:, None, None])
+                if len(part):
+                    _add(part, self.mean[index], products[index], counts[index])
+        common = products.sum(dim=0) / counts.sum()
+        self.whitening = to_unit_covariance((products + PRIOR_CELLS * common) / (counts + PRIOR_CELLS)[:, None, None])
 
     def forward(self, images: Tensor, painted: Tensor) -> Tensor:
         """Compute the distance of each cell, over the root of the number of differences.
@@ -181,6 +178,19 @@ class ContextDistance(nn.Module):
     def _nearest(self, contexts: Tensor) -> Tensor:
         """Index of the nearest centre, ``(..., 38) -> (...)``."""
         return (self.centres.square().sum(dim=1) - 2 * contexts @ self.centres.T).argmin(dim=-1)
+
+
+def _add(vectors: Tensor, mean: Tensor, products: Tensor, count: Tensor) -> None:
+    """Add vectors ``(n, D)`` to a mean ``(D,)``, to products of deviations from it ``(D, D)``, and to their number.
+
+    In place. Squares of nearly equal differences would lose their digits if the mean were subtracted at the end.
+    """
+    own_mean = vectors.mean(dim=0)
+    deviations, shift = vectors - own_mean, own_mean - mean
+    share = len(vectors) / (count + len(vectors))
+    products += deviations.T @ deviations + count * share * shift.outer(shift)
+    mean += share * shift
+    count += len(vectors)
 
 
 def _cells(maps: Tensor) -> Tensor:

@@ -131,6 +131,10 @@ def parse_anomalib(arguments: list[str]) -> None:
     assert ended.value.code == 0
 
 
+def source_of(module: str) -> str:
+    return ROOT.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8")
+
+
 def parse_module(module: str, *arguments: str) -> None:
     if module == "anomalib_recon.quickstart":
         parse_anomalib(["train", "--config", str(ROOT / "configs/quickstart/intra.yaml"), *arguments])
@@ -153,8 +157,10 @@ def parse_module(module: str, *arguments: str) -> None:
     elif module in {"anomalib_recon.card", "anomalib_recon.parity", "anomalib_recon.deploy.thresholds"}:
         import_module(module).build_parser().parse_args(arguments)
     elif module.startswith("benchmarks."):
-        script = ROOT.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8")
-        assert all(f'"{word}"' in script for word in arguments if word.startswith("--"))
+        script = source_of(module)
+        # scripts share arguments
+        scripts = script + "".join(map(source_of, re.findall(r"^from (benchmarks\.\w+) import", script, re.MULTILINE)))
+        assert all(f'"{word}"' in scripts for word in arguments if word.startswith("--"))
     else:
         assert module in {"venv", "pytest"}
 

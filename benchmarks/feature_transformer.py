@@ -2,7 +2,7 @@
 
 """Two predictions of a cell's features from the cells around it: FeatureInpainting's regressions, InTra's transformer.
 
-``python -m benchmarks.feature_transformer --root DATA --category screw --weights tf_efficientnet_b4.safetensors``
+``python -m benchmarks.feature_transformer --root DATA --categories screw --weights tf_efficientnet_b4.safetensors``
 
 Both see the same features in windows of 7 x 7 cells. The transformer is InTra's network with a cell for a patch and
 channels for colours; it is trained by the squared error, in one cycle within ``--minutes``. Beside them stands the mean

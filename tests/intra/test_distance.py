@@ -31,9 +31,7 @@ def trained(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[In
 @torch.no_grad()
 def test_distances_lie_at_the_places_of_their_patches() -> None:
     torch.manual_seed(0)
-    model = InTraModel(
-        image_size=(48, 40), patch_size=8, window_size=5, embed_dim=16, depth=1, num_heads=2, **ARGUMENTS
-    )
+    model = InTraModel(**SIZES, **ARGUMENTS)
     normal = torch.rand(300, 30, 192)
     pair = (normal, normal + 0.1 * torch.randn_like(normal))
     model.mahalanobis.fit([tuple(map(model.unpatchify, pair))])

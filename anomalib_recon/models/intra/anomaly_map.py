@@ -7,7 +7,7 @@ from anomalib.models.components import GaussianBlur2d
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .loss import gradient_magnitude_similarity
+from .loss import gradient_difference
 
 # scale -> kernel size of both filters for images of REFERENCE_SIZE pixels (section 4.1)
 KERNEL_SIZES = {1 / 2: 21, 1 / 4: 11}
@@ -91,8 +91,7 @@ class AnomalyMapGenerator(nn.Module):
     def _gradient_difference(self, images: Tensor, reconstruction: Tensor, scale: float) -> Tensor:
         """d_g of eq. 11 at the given scale, ``(B, C, H, W) -> (B, 1, scale * H, scale * W)``."""
         size = (int(self.image_size[0] * scale), int(self.image_size[1] * scale))
-        similarity = gradient_magnitude_similarity(self._resize(images, size), self._resize(reconstruction, size))
-        return 1 - similarity.mean(dim=1, keepdim=True)
+        return gradient_difference(self._resize(images, size), self._resize(reconstruction, size))
 
     @staticmethod
     def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from anomalib_recon.layers.residual_distance import to_unit_covariance
 
-from .loss import gradient_magnitude_similarity
+from .loss import gradient_difference
 
 # sides of a cell in pixels, of which the first that divides the patches is taken
 CELL_SIZES = (8, 4)
@@ -92,16 +92,11 @@ class ContextDistance(nn.Module):
             Tensor: Differences D of each of the h x w cells, shape ``(B, D, h, w)``.
         """
         images, painted = (functional.avg_pool2d(part.float(), 2) for part in (images, painted))
-        halves = [images - painted, self._gradient_difference(images, painted)]
+        halves = [images - painted, gradient_difference(images, painted)]
         images, painted = (functional.avg_pool2d(part, 2) for part in (images, painted))
-        quarters = self._gradient_difference(images, painted)
+        quarters = gradient_difference(images, painted)
         in_cells = [functional.pixel_unshuffle(part, self.cell_size // 2) for part in halves]
         return torch.cat([*in_cells, functional.pixel_unshuffle(quarters, self.cell_size // 4)], dim=1)
-
-    @staticmethod
-    def _gradient_difference(images: Tensor, painted: Tensor) -> Tensor:
-        """d_g of eq. 11 of the paper, ``(B, C, H, W) -> (B, 1, H, W)``."""
-        return 1 - gradient_magnitude_similarity(images, painted).mean(dim=1, keepdim=True)
 
     def contexts(self, painted: Tensor) -> Tensor:
         """What is painted around each cell, and where it is.
@@ -170,6 +165,7 @@ class ContextDistance(nn.Module):
             return torch.cat([self._distances(*part) for part in parts])
 
     def _distances(self, differences: Tensor, contexts: Tensor) -> Tensor:
+        # products have four axes or more: the export takes them for no layer with weights, but for the comparison
         nearest = self._nearest(_cells(contexts))
         centred = _cells(differences) - self.mean[nearest]
         whitened = (self.whitening[nearest] @ centred[..., None])[..., 0]

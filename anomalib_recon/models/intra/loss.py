@@ -31,6 +31,19 @@ def gradient_magnitude_similarity(images: Tensor, others: Tensor) -> Tensor:
     return (2 * product + GMS_CONSTANT) / (squared + other_squared + GMS_CONSTANT)
 
 
+def gradient_difference(images: Tensor, others: Tensor) -> Tensor:
+    """How the gradients of two batches of images differ, d_g of eq. 11.
+
+    Args:
+        images (Tensor): Images of shape ``(B, C, H, W)`` with values in [0, 1].
+        others (Tensor): Images of the same shape.
+
+    Returns:
+        Tensor: Maps of shape ``(B, 1, H, W)`` with values in [0, 1).
+    """
+    return 1 - gradient_magnitude_similarity(images, others).mean(dim=1, keepdim=True)
+
+
 def _squared_gradient(images: Tensor) -> Tensor:
     """Squared gradient magnitude by Prewitt filters, ``(B, C, H, W) -> (B, C, H, W)``; the border is replicated."""
     padded = functional.pad(images, (1, 1, 1, 1), mode="replicate")

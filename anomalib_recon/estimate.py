@@ -2,7 +2,7 @@
 
 """How long will a training take here, and how much memory does it need? Answers from a few timed steps.
 
-The model of a config is trained for a few steps, twice, on drawn pictures. What is done once for each image, such as
+A config's model is trained for a few steps, twice, on synthetic pictures. What is done once for each image, such as
 computing features, is taken to grow in proportion to the number of images; PatchAE's choice of its bank grows with its
 square if coreset_ratio stays the same. Validation is that of four images. What InTra does after each epoch, the loss on
 up to 20 held-out images, counts once. A training that max_time ends takes that time between its first and last step.
@@ -169,7 +169,7 @@ def _limits(cli: AnomalibCLI, batches: int) -> tuple[float, float]:
 
 
 def _try(arguments: Sequence[str], num_images: int, batch_size: int, folder: Path) -> tuple[Trial, Trainer]:
-    """Train one epoch on drawn pictures."""
+    """Train one epoch on synthetic pictures."""
     seed_everything(0)
     clock = f"--trainer.callbacks+={Clock.__module__}.{Clock.__qualname__}"
     schedule = ["--trainer.max_epochs=1", "--trainer.max_steps=-1", "--trainer.devices=1"]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Train, test, export and run a small InTra on drawn data, in minutes: ``python -m anomalib_recon.quickstart``.
+"""Train, test, export and run a small InTra on synthetic data, in minutes: ``python -m anomalib_recon.quickstart``.
 
 The commands that do the work are ``anomalib train`` and ``anomalib export``; they are printed as they are run, so that
 they can be run again with other data. Further arguments are passed on to ``anomalib train``, such as
@@ -122,7 +122,7 @@ def main(args: Sequence[str] = ()) -> dict[str, float]:
     """
     for name in ("--model", "--data"):
         if any(argument == name or argument.startswith(f"{name}=") for argument in args):
-            msg = f"{name} cannot be chosen here: the quickstart is InTra on drawn data; use `anomalib train {name}`."
+            msg = f"{name} cannot be chosen: the quickstart is InTra on synthetic data; use `anomalib train {name}`."
             raise ValueError(msg)
     start = time.monotonic()
     seed_everything(SEED)  # `anomalib train` reads an argument of this name and does nothing with it

@@ -2,7 +2,7 @@
 
 """By how much exports of anomalib's models differ from their checkpoints, with and without this package's parts.
 
-Trains PatchCore, PaDiM and Dinomaly with random weights on drawn pictures, and prints two tables: differences of the
+Trains PatchCore, PaDiM and Dinomaly with random weights on synthetic images, and prints two tables: differences of the
 exports; and AUROC by anomalib's evaluator and by ours, and good test images called anomalous with anomalib's thresholds
 and with those from the training images at a false-positive rate.
 """

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Accuracy of an InTra that has learnt one patch of a window at a time, when it paints several.
+"""Accuracy of an InTra that has learnt one patch of a window at a time, when it inpaints several.
 
 ``python -m benchmarks.intra_covered --checkpoint CKPT --root datasets/MVTecAD --category screw --output FILE``
 
@@ -35,7 +35,7 @@ def normal_patches(model: InTra, datamodule: MVTecAD) -> Tensor:
 
 @torch.no_grad()
 def take_statistics(model: InTra, datamodule: MVTecAD) -> None:
-    """Take what scoring needs of the good training images, by the painting that the network does now."""
+    """Take what scoring needs of the good training images, by the reconstruction that the network does now."""
     network = model.model.eval()
     batches = normal_patches(model, datamodule).split(BATCH_SIZE)
     pairs = ((patches, network.reconstruct(patches)) for patches in batches)

@@ -6,7 +6,7 @@
 
 The default network, with random weights or those of ``--checkpoint``, in fp32 and for one image at a time. ``plain``
 times it beside one forward for each patch and the rate of a large matrix product, ``covered`` beside networks that
-paint 4 and 9 patches at a time, ``openvino`` beside its exports, whose scores of pictures of DemoAD are compared too.
+inpaint 4 and 9 patches at a time, ``openvino`` beside its exports, whose scores of pictures of DemoAD are compared too.
 What is compared is timed in turns, so that the ratios hold on a machine whose speed drifts. Times are CPU seconds of
 all threads by the number of threads: those of the clock, but for other work on the machine. Writes the figures as JSON
 and prints them.

@@ -7,7 +7,7 @@
 "One patch" covers one patch of each window, with the paper's loss, readout and windows a step, at the recommended
 learning rate, held constant. Both are scored by the recommended distance.
 Each row is a training of its own, since the rate of the recommended one rises and falls within its time. Loss and PSNR
-are of good test images, each patch covered alone and painted from its window; the loss is the paper's, whatever the
+are of good test images, each patch covered alone and inpainted from its window; the loss is the paper's, whatever the
 training minimises. Nothing is chosen by them. Writes ``CATEGORY.json``, of which what is there is not measured again,
 and ``CATEGORY.png``, and prints a table.
 """
@@ -54,14 +54,14 @@ def good_test_images(model: InTra, datamodule: MVTecAD) -> Tensor:
 
 
 @torch.no_grad()
-def measure_painting(checkpoint: str, datamodule: MVTecAD) -> dict[str, float]:
+def measure_reconstruction(checkpoint: str, datamodule: MVTecAD) -> dict[str, float]:
     """Loss of the paper (section 3.4) and PSNR in dB, with one covered patch a window."""
     module = InTra.load_from_checkpoint(checkpoint, covered_per_window=1, visualizer=False).eval()
     network: Any = module.model
     patches = network.embed(good_test_images(module, datamodule))
-    painted = network.reconstruct(patches)
-    error = (painted - patches).square().mean().item()
-    loss = InTraLoss()(network.pixels(patches), network.pixels(painted)).item()
+    inpainted = network.reconstruct(patches)
+    error = (inpainted - patches).square().mean().item()
+    loss = InTraLoss()(network.pixels(patches), network.pixels(inpainted)).item()
     return {"loss": loss, "PSNR": -10 * math.log10(error)}
 
 
@@ -72,7 +72,7 @@ def measure(recipe: str, minutes: float, args: argparse.Namespace) -> dict[str, 
     datamodule = MVTecAD(root=args.root, category=args.category, eval_batch_size=16, num_workers=0)
     max_time = {"seconds": round(60 * minutes)}
     engine = create_engine(args.output / "trainings", args.precision, max_epochs=-1, max_time=max_time)
-    figures = fit_and_test(engine, model, datamodule) | measure_painting(engine.best_model_path, datamodule)
+    figures = fit_and_test(engine, model, datamodule) | measure_reconstruction(engine.best_model_path, datamodule)
     return {"recipe": recipe, "minutes": minutes, **figures, "steps": engine.trainer.global_step}
 
 

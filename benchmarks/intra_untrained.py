@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""InTra's recipe without its painting: the mean of the good images at each place, by the same distance and score.
+"""InTra's recipe without its reconstruction: the mean of the good images at each place, by the same distance and score.
 
 ``python -m benchmarks.intra_untrained --root DATA --categories bottle screw --output results/intra_untrained``
 
@@ -29,7 +29,7 @@ SCORES: dict[str, dict[str, Any]] = {"recipe": {}, "paper": {"distance": "gms", 
 
 @torch.no_grad()
 def fit(module: InTra, datamodule: MVTecAD) -> None:
-    """Have the network paint the mean of the good images, and measure what that misses."""
+    """Have the network inpaint the mean of the good images, and measure what that misses."""
     datamodule.setup()
     mean = normal_patches(module, datamodule).mean(dim=0, keepdim=True)
     module.model.reconstruct = mean.expand_as  # type: ignore[method-assign]

@@ -2,7 +2,7 @@
 
 """PatchAE, its ablations, its encoder as it comes, and anomalib's PatchCore on the same backbone, as one table.
 
-On drawn data and on a category in MVTec AD's layout, in an hour or so on two cores::
+On synthetic data and on a category in MVTec AD's layout, in an hour or so on two cores::
 
     python -m benchmarks.patch_ae_ablation --demo grid --root datasets/MVTecAD --categories screw \
         --backbone densenet169 --image_size 128 --epochs 10 --precision bf16-mixed --coreset_ratio 0.01

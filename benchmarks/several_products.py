@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""One model for all drawn categories against one each.
+"""One model for all synthetic categories against one each.
 
 ``python -m benchmarks.several_products --backbone vit_tiny_patch16_224 --weights WEIGHTS --output several_products``
 """

@@ -32,7 +32,7 @@ from anomalib_recon.visualization import ContactSheetVisualizer, ReconstructionV
 from tests.conftest import draw_stripes, export_all, save
 from tests.tiny_models import Probe, Trained, build, engine_in
 
-# all values of the drawn images: 40 levels of 65 536, which are a single one of 256
+# all values of the synthetic images: 40 levels of 65 536, which are a single one of 256
 LOWEST, HIGHEST = 30_000, 30_040
 LEVELS = {"black_level": 29_990, "white_level": 30_050}
 FOLDERS = {
@@ -390,7 +390,7 @@ def test_anomalibs_inferencer_takes_the_array(root: Path, exported: dict[ExportT
 
 
 def test_a_model_card_shows_how_files_are_read(model: InTra) -> None:
-    text = card_of(model, "cloth", "a drawn cloth", "cc0-1.0", {})
+    text = card_of(model, "cloth", "a synthetic cloth", "cc0-1.0", {})
     assert "\nfrom anomalib_recon.data import DeepGreyPredictDataset\nfrom anomalib_recon.pretrained" in text
     assert 'Engine().predict(model, dataset=DeepGreyPredictDataset("IMAGES", 29990, 30050))\n' in text
 

@@ -169,7 +169,7 @@ def test_a_command_trains_one_model_for_several_categories(root: Path, tmp_path:
     assert torch.equal(loaded.post_processor.image_threshold, cli.model.post_processor.image_threshold.cpu())
     with pytest.raises(ValueError, match=r"post_processor must be ProductPostProcessor\(\['dark', 'bright'\]\)"):
         SAAE.load_from_checkpoint(path)
-    write_folder("SAAE", Path(path), tmp_path / "published", "drawn squares", "cc0-1.0", {})
+    write_folder("SAAE", Path(path), tmp_path / "published", "synthetic squares", "cc0-1.0", {})
     published = load_pretrained(tmp_path / "published")
     assert published.post_processor.products == NAMES
     assert torch.equal(published.post_processor.image_threshold, loaded.post_processor.image_threshold)

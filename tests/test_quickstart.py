@@ -44,5 +44,5 @@ def test_quickstart_trains_shows_exports_and_runs(
 
 @pytest.mark.parametrize("argument", ["--model=SAAE", "--data"])
 def test_another_model_and_other_data_are_refused(argument: str) -> None:
-    with pytest.raises(ValueError, match=r"cannot be chosen here: the quickstart is InTra on drawn data"):
+    with pytest.raises(ValueError, match=r"cannot be chosen: the quickstart is InTra on synthetic data"):
         quickstart.main([argument, "MVTecAD"])

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Datamodules: drawn data, labelled anomalies to train on, deep grey images, several categories, a class of CIFAR."""
+"""Datamodules: synthetic data, labelled anomalies to train on, deep grey images, several categories, a CIFAR class."""
 
 from anomalib_recon import discovery
 

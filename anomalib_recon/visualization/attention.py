@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pictures of where a network looks to paint a patch.
+"""Pictures of where a network looks to inpaint a patch.
 
 Example:
     >>> import torch
@@ -26,7 +26,7 @@ from .visualizer import ReconstructionVisualizer
 
 
 class AttentionVisualizer(ReconstructionVisualizer):
-    """Visualizer of InTra that also shows where the network looked to paint the most anomalous patch.
+    """Visualizer of InTra that also shows where the network looked to inpaint the most anomalous patch.
 
     That is the patch with the highest mean of the anomaly map; see :func:`draw_attention`.
 
@@ -70,7 +70,7 @@ class AttentionVisualizer(ReconstructionVisualizer):
 
 @torch.no_grad()
 def _look(network: Any, image: Tensor, anomaly_map: Tensor) -> Tensor:
-    """Picture ``(3, H, W)`` of where a network looks to paint the most anomalous patch of an image."""
+    """Picture ``(3, H, W)`` of where a network looks to inpaint the most anomalous patch of an image."""
     single = anomaly_map.float().reshape(1, *anomaly_map.shape[-2:])
     of_patches = functional.avg_pool2d(single, network.patch_size)[0]  # (N, M)
     row, col = divmod(int(of_patches.argmax()), of_patches.shape[1])
@@ -79,13 +79,13 @@ def _look(network: Any, image: Tensor, anomaly_map: Tensor) -> Tensor:
 
 
 def draw_attention(image: Tensor, shares: Tensor, row: int, col: int) -> Image.Image:
-    """Lay the shares of the patches over an image, and frame the patch that is painted from them.
+    """Lay the shares of the patches over an image, and frame the patch that is inpainted from them.
 
     Args:
         image (Tensor): Image of shape ``(3, H, W)`` with values in [0, 1].
-        shares (Tensor): Share of each patch in the painted one, shape ``(N, M)``, such as of
+        shares (Tensor): Share of each patch in the inpainted one, shape ``(N, M)``, such as of
             ``InTraModel.attention_rollout``. The highest is shown red, none blue.
-        row (int): Row of the painted patch in the grid of N x M patches.
+        row (int): Row of the inpainted patch in the grid of N x M patches.
         col (int): Its column.
 
     Returns:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Paintings compared in units of what is normal for what is painted."""
+"""Reconstructions compared in units of what is normal in a context."""
 
 import pytest
 import torch
@@ -18,12 +18,12 @@ def halves(images: Tensor) -> Tensor:
 
 @pytest.fixture
 def pair() -> tuple[Tensor, Tensor]:
-    """Paintings of squares of 8 pixels, and images that differ the more, the brighter the square is."""
+    """Reconstructions of squares of 8 pixels, and images that differ the more, the brighter the square is."""
     generator = torch.Generator().manual_seed(0)
     squares = torch.rand(60, 1, 4, 5, generator=generator)
-    painted = squares.repeat_interleave(8, 2).repeat_interleave(8, 3).expand(-1, 3, -1, -1)
-    images = painted + 0.1 * painted * torch.randn(painted.shape, generator=generator)
-    return images, painted
+    inpainted = squares.repeat_interleave(8, 2).repeat_interleave(8, 3).expand(-1, 3, -1, -1)
+    images = inpainted + 0.1 * inpainted * torch.randn(inpainted.shape, generator=generator)
+    return images, inpainted
 
 
 @pytest.fixture
@@ -36,20 +36,20 @@ def distance(pair: tuple[Tensor, Tensor]) -> ContextDistance:
 def test_differences_are_those_of_half_and_quarter_resolution(pair: tuple[Tensor, Tensor]) -> None:
     differences = ContextDistance(3, (32, 40), patch_size=16).differences(*pair)
     assert differences.shape == (60, 48 + 16 + 4, 4, 5)
-    images, painted = map(halves, pair)
-    of_cell = (images - painted)[7, :, 8:12, 12:16]  # row 2, column 3
+    images, inpainted = map(halves, pair)
+    of_cell = (images - inpainted)[7, :, 8:12, 12:16]  # row 2, column 3
     torch.testing.assert_close(differences[7, :48, 2, 3], of_cell.flatten())
-    gradients = 1 - gradient_magnitude_similarity(images, painted).mean(dim=1)
+    gradients = 1 - gradient_magnitude_similarity(images, inpainted).mean(dim=1)
     torch.testing.assert_close(differences[7, 48:64, 2, 3], gradients[7, 8:12, 12:16].flatten())
-    gradients = 1 - gradient_magnitude_similarity(halves(images), halves(painted)).mean(dim=1)
+    gradients = 1 - gradient_magnitude_similarity(halves(images), halves(inpainted)).mean(dim=1)
     torch.testing.assert_close(differences[7, 64:, 2, 3], gradients[7, 4:6, 6:8].flatten())
 
 
-def test_context_is_what_is_painted_around_and_the_place(pair: tuple[Tensor, Tensor]) -> None:
-    _, painted = pair
-    contexts = ContextDistance(3, (32, 40), patch_size=8).contexts(painted)
+def test_context_is_what_is_inpainted_around_and_the_place(pair: tuple[Tensor, Tensor]) -> None:
+    _, inpainted = pair
+    contexts = ContextDistance(3, (32, 40), patch_size=8).contexts(inpainted)
     assert contexts.shape == (60, 38, 4, 5)
-    squares = painted[7, 0, ::8, ::8]
+    squares = inpainted[7, 0, ::8, ::8]
     around = squares[1:4, 2:5]  # of row 2, column 3
     torch.testing.assert_close(contexts[7, :36, 2, 3].sort().values, around.flatten().repeat(4).sort().values)
     torch.testing.assert_close(contexts[7, 36:, 2, 3], torch.tensor([2 / 4, 3 / 5]))
@@ -79,13 +79,13 @@ def test_distances_are_those_of_an_independent_computation(
     torch.testing.assert_close(distance(*pair).flatten()[nearest == index].double(), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_the_same_difference_counts_more_where_paintings_are_better() -> None:
+def test_the_same_difference_counts_more_where_reconstructions_are_better() -> None:
     is_bright = torch.arange(1000) % 2 == 1
-    painted = torch.where(is_bright, 0.9, 0.1)[:, None, None, None].expand(-1, 3, 16, 16)
-    images = painted + 0.1 * painted * torch.randn(painted.shape, generator=torch.Generator().manual_seed(0))
+    inpainted = torch.where(is_bright, 0.9, 0.1)[:, None, None, None].expand(-1, 3, 16, 16)
+    images = inpainted + 0.1 * inpainted * torch.randn(inpainted.shape, generator=torch.Generator().manual_seed(0))
     distance = ContextDistance(3, (16, 16), patch_size=8)
-    distance.fit([(images, painted)])
-    normal, changed = distance(images, painted), distance(painted + 0.1, painted)
+    distance.fit([(images, inpainted)])
+    normal, changed = distance(images, inpainted), distance(inpainted + 0.1, inpainted)
     assert normal[is_bright].mean() > normal[~is_bright].mean()  # partly by the covariance of all contexts
     assert changed[~is_bright].mean() > 2 * changed[is_bright].mean()
 
@@ -102,7 +102,7 @@ def test_images_after_the_clustered_ones_count(pair: tuple[Tensor, Tensor], monk
 
 def test_few_cells_have_fewer_contexts() -> None:
     distance = ContextDistance(1, (8, 12), patch_size=4)
-    images, painted = torch.rand(2, 3, 1, 8, 12)
-    distance.fit([(images, painted)])
-    assert distance(images, painted).isfinite().all()
+    images, inpainted = torch.rand(2, 3, 1, 8, 12)
+    distance.fit([(images, inpainted)])
+    assert distance(images, inpainted).isfinite().all()
     assert int((distance.centres[:, 0] < 1).sum()) == 18

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""InTra with paintings compared in units of what is normal."""
+"""InTra with reconstructions compared in units of what is normal."""
 
 from pathlib import Path
 
@@ -35,10 +35,10 @@ def test_distances_lie_at_the_places_of_their_patches() -> None:
     normal = torch.rand(300, 30, 192)
     pair = (normal, normal + 0.1 * torch.randn_like(normal))
     model.mahalanobis.fit([tuple(map(model.unpatchify, pair))])
-    painted = torch.rand(1, 30, 192)
-    patches = painted.clone()
+    inpainted = torch.rand(1, 30, 192)
+    patches = inpainted.clone()
     patches[0, 2 * 5 + 3] += 1  # row 2, column 3 of 6 x 5 patches
-    predictions = model.compare(patches, painted)
+    predictions = model.compare(patches, inpainted)
     [[anomaly_map]] = predictions.anomaly_map
     row, column = divmod(int(anomaly_map.argmax()), 40)
     assert 16 <= row < 24
@@ -48,7 +48,7 @@ def test_distances_lie_at_the_places_of_their_patches() -> None:
 
 
 @torch.no_grad()
-def test_paintings_of_the_training_images_are_measured(
+def test_reconstructions_of_the_training_images_are_measured(
     trained: tuple[InTra, Path, dict[str, float]], stripes: Path
 ) -> None:
     model, _, metrics = trained
@@ -63,7 +63,7 @@ def test_paintings_of_the_training_images_are_measured(
 
 
 def operations_behind_the_loop(path: Path) -> list[openvino.Node]:
-    """What an exported InTra computes from the painted patches."""
+    """What an exported InTra computes from the inpainted patches."""
     ops = openvino.Core().read_model(path).get_ordered_ops()
     [loop] = [number for number, node in enumerate(ops) if node.get_type_name() in {"Loop", "TensorIterator"}]
     return ops[loop + 1 :]

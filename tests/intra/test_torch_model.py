@@ -50,15 +50,15 @@ def test_windows_are_placed_by_the_equations(rows: int, cols: int, side: int) ->
 @pytest.mark.parametrize("attention", ["mfsa", "msa"])
 @pytest.mark.parametrize("position", ["global", "local"])
 @pytest.mark.parametrize("readout", ["mean", "token"])
-def test_a_patch_is_painted_from_the_rest_of_its_window_alone(attention: str, position: str, readout: str) -> None:
+def test_a_patch_is_inpainted_from_the_rest_of_its_window_alone(attention: str, position: str, readout: str) -> None:
     model = small_model(attention=attention, position=position, readout=readout, sigmoid=False)
     patches = torch.rand(30, 192)
     others = patches.repeat(30, 1, 1)  # in each, another patch is changed
     others[range(30), range(30)] = torch.rand(30, 192)
-    painted, reconstruction = model.reconstruct(others), model.reconstruct(patches.expand_as(others))
+    inpainted, reconstruction = model.reconstruct(others), model.reconstruct(patches.expand_as(others))
     for covered, places in enumerate(model.places.tolist()):
         for changed in range(30):
-            same = torch.equal(painted[changed, covered], reconstruction[changed, covered])
+            same = torch.equal(inpainted[changed, covered], reconstruction[changed, covered])
             assert same == (changed == covered or changed not in places)
 
 
@@ -75,7 +75,7 @@ def attend(attention: MultiheadSelfAttention, tokens: torch.Tensor, mask: torch.
     return mixed.flatten(2) @ attention.unify.weight.T + attention.unify.bias
 
 
-def paint_by_the_paper(
+def inpaint_by_the_paper(
     model: InTraModel, image: torch.Tensor, corner: tuple[int, int], covered: list[tuple[int, int]], residuals: bool
 ) -> torch.Tensor:
     """Section 3 for one window, counted from 1, each block as a whole: the covered patches, ``(c, K * K * 3)``."""
@@ -107,8 +107,10 @@ def paint_by_the_paper(
 def reconstruct_by_the_paper(model: InTraModel, images: torch.Tensor, residuals: bool = True) -> torch.Tensor:
     """One window at a time for each patch, ``(B, N * M, K * K * 3)``."""
     windows = windows_by_the_paper(*model.grid_size, model.window_size)
-    painted = [[paint_by_the_paper(model, image, windows[at], [at], residuals) for at in windows] for image in images]
-    return torch.stack([torch.cat(patches) for patches in painted])
+    inpainted = [
+        [inpaint_by_the_paper(model, image, windows[at], [at], residuals) for at in windows] for image in images
+    ]
+    return torch.stack([torch.cat(patches) for patches in inpainted])
 
 
 @pytest.mark.parametrize(
@@ -139,15 +141,15 @@ def test_last_block_computes_the_covered_tokens_as_it_would_all(count: int) -> N
     block, (places, covered) = model.blocks[-1], (model.places, model.covered)
     calls = []
     hook = block.register_forward_hook(lambda _, args, output: calls.append((*args, output)))
-    painted = model.inpaint(torch.rand(30, 192)[places], places, covered)
+    inpainted = model.inpaint(torch.rand(30, 192)[places], places, covered)
     hook.remove()
     [(sequence, mask, output)] = calls
     assert output.shape == (len(places), count, 16)
     whole = block(sequence, mask)
     assert whole.shape == (len(places), 25, 16)
     torch.testing.assert_close(output, whole.gather(1, covered[:, :, None].expand_as(output)))
-    expected = torch.sigmoid(model.head(whole)).gather(1, covered[:, :, None].expand_as(painted))
-    torch.testing.assert_close(painted, expected)
+    expected = torch.sigmoid(model.head(whole)).gather(1, covered[:, :, None].expand_as(inpainted))
+    torch.testing.assert_close(inpainted, expected)
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -195,7 +197,7 @@ def test_covering_more_takes_fewer_windows() -> None:
 @pytest.mark.parametrize(("count", "image_size"), [(4, (48, 40)), (4, (56, 72)), (9, (56, 72))])
 @pytest.mark.parametrize("position", ["global", "local"])
 @torch.no_grad()
-def test_covered_patches_are_painted_as_by_one_forward_for_each_window(
+def test_covered_patches_are_inpainted_as_by_one_forward_for_each_window(
     count: int, image_size: tuple[int, int], position: str
 ) -> None:
     sizes = {"image_size": image_size, "window_size": 7 if count == 9 else 5, "windows_per_chunk": 5}
@@ -208,22 +210,22 @@ def test_covered_patches_are_painted_as_by_one_forward_for_each_window(
         corner = divmod(int(window[0]), cols)
         places = [(patch // cols + 1, patch % cols + 1) for patch in sorted(group)]
         for image, result in zip(images, reconstruction, strict=True):
-            expected = paint_by_the_paper(model, image, (corner[0] + 1, corner[1] + 1), places, residuals=True)
+            expected = inpaint_by_the_paper(model, image, (corner[0] + 1, corner[1] + 1), places, residuals=True)
             torch.testing.assert_close(result[sorted(group)], expected, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_a_painted_patch_does_not_see_those_covered_with_it() -> None:
+def test_an_inpainted_patch_does_not_see_those_covered_with_it() -> None:
     model = small_model(window_size=5, readout="token", sigmoid=False, covered_per_window=4)
     patches = torch.rand(1, 30, 192)
     reconstruction = model.reconstruct(patches)
     for changed in range(30):
         others = patches.clone()
         others[:, changed] = torch.rand(192)
-        painted = model.reconstruct(others)
+        inpainted = model.reconstruct(others)
         for group, window in zip(covered_together(model), model.places.tolist(), strict=True):
             for patch in group:
-                same = torch.equal(painted[:, patch], reconstruction[:, patch])
+                same = torch.equal(inpainted[:, patch], reconstruction[:, patch])
                 assert same == (changed in group or changed not in window)
 
 
@@ -355,13 +357,13 @@ def test_one_channel_is_compared_and_shown_as_three_equal_ones() -> None:
     model = small_model(in_channels=1, sigmoid=False)
     grey = torch.rand(2, 1, 48, 40)
     reconstruction = model.reconstruct(model.embed(grey))
-    painted = model.unpatchify(reconstruction)
-    expected = model.anomaly_map_generator.difference(*(image.expand(-1, 3, -1, -1) for image in (grey, painted)))
+    inpainted = model.unpatchify(reconstruction)
+    expected = model.anomaly_map_generator.difference(*(image.expand(-1, 3, -1, -1) for image in (grey, inpainted)))
     torch.testing.assert_close(model.difference(model.embed(grey), reconstruction), expected)
     picture = model.picture(reconstruction)
     assert picture.shape == (2, 3, 48, 40)
     for channel in range(3):
-        assert torch.equal(picture[:, channel], painted[:, 0].clamp(0, 1))
+        assert torch.equal(picture[:, channel], inpainted[:, 0].clamp(0, 1))
     pixels, others = model.pixels(model.embed(grey)), model.pixels(reconstruction)
     assert pixels.shape == (60, 1, 8, 8)
     three = (values.expand(-1, 3, -1, -1) for values in (pixels, others))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the drawn categories share: coordinates, noise, shapes, shading and the camera.
+"""What the synthetic categories share: coordinates, noise, shapes, shading and the camera.
 
 A surface is rendered at twice the size of the picture and photographed down, so that edges are antialiased. Lengths and
 positions are in pixels of the finished picture, with the origin in its upper left corner.

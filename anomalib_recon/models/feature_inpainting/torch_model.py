@@ -2,7 +2,7 @@
 
 """Inpainting of features, as a plain PyTorch module.
 
-InTra covers a patch of an image and paints it from the patches around it. Here the patches are cells of a frozen
+InTra covers a patch of an image and inpaints it from the patches around it. Here the patches are cells of a frozen
 backbone's feature map: each cell is predicted from the cells around it, without itself. What the prediction, fitted to
 normal images, misses is anomalous.
 

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""How far an image is from its painting, in units of what is normal for what is painted there.
+"""Distance of an image from its reconstruction, in units of what is normal in a context.
 
-A network paints a smooth background almost without an error, and edges and textures with a large one. Statistics by
-place do not tell them apart where parts lie in any pose; statistics by what is painted do.
+A network inpaints a smooth background almost without an error, and edges and textures with a large one. Where parts lie
+in any pose, statistics by location do not tell them apart; statistics by context, which is what is inpainted, do.
 
 Example:
     >>> import torch
     >>> from anomalib_recon.models.intra.context_distance import ContextDistance
     >>> distance = ContextDistance(in_channels=3, image_size=(32, 48), patch_size=8)
-    >>> images, painted = torch.rand(2, 20, 3, 32, 48)
-    >>> distance.fit([(images, painted)])
-    >>> distance(images, painted).shape
+    >>> images, inpainted = torch.rand(2, 20, 3, 32, 48)
+    >>> distance.fit([(images, inpainted)])
+    >>> distance(images, inpainted).shape
     torch.Size([20, 1, 4, 6])
 """
 
@@ -44,12 +44,12 @@ SEED = 0
 
 
 class ContextDistance(nn.Module):
-    """Mahalanobis distance between images and paintings, by mean and covariance of normal differences in a context.
+    """Mahalanobis distance of images from reconstructions, by mean and covariance of normal differences in a context.
 
-    Images and paintings are compared in cells of 8 x 8 pixels, or 4 x 4: by their colours at half resolution, and by
-    their gradients at half and at quarter resolution. The context of a cell is what is painted in the 3 x 3 cells
-    around it, as grey means of half cells, and the place of the cell, as shares of the image's sides. Contexts are
-    sorted into 256 clusters (k-means), of which each has a mean and a covariance.
+    Both are compared in cells of 8 x 8 pixels, or 4 x 4: by their colours at half resolution, and by their gradients at
+    half and at quarter resolution. The context of a cell is what is inpainted in the 3 x 3 cells around it, as grey
+    means of half cells, and the place of the cell, as shares of the image's sides. Contexts are sorted into 256
+    clusters (k-means), of which each has a mean and a covariance.
 
     Args:
         in_channels (int): Channels C of the images.
@@ -81,37 +81,37 @@ class ContextDistance(nn.Module):
         # for each context the map of a difference to unit covariance
         self.register_buffer("whitening", torch.eye(num_differences).repeat(NUM_CONTEXTS, 1, 1))
 
-    def differences(self, images: Tensor, painted: Tensor) -> Tensor:
-        """Compare images with paintings.
+    def differences(self, images: Tensor, inpainted: Tensor) -> Tensor:
+        """Compare images with reconstructions.
 
         Args:
             images (Tensor): Images of shape ``(B, C, H, W)`` with values in [0, 1].
-            painted (Tensor): Paintings of the same shape.
+            inpainted (Tensor): Reconstructions of the same shape.
 
         Returns:
             Tensor: Differences D of each of the h x w cells, shape ``(B, D, h, w)``.
         """
-        images, painted = (functional.avg_pool2d(part.float(), 2) for part in (images, painted))
-        halves = [images - painted, gradient_difference(images, painted)]
-        images, painted = (functional.avg_pool2d(part, 2) for part in (images, painted))
-        quarters = gradient_difference(images, painted)
+        images, inpainted = (functional.avg_pool2d(part.float(), 2) for part in (images, inpainted))
+        halves = [images - inpainted, gradient_difference(images, inpainted)]
+        images, inpainted = (functional.avg_pool2d(part, 2) for part in (images, inpainted))
+        quarters = gradient_difference(images, inpainted)
         in_cells = [functional.pixel_unshuffle(part, self.cell_size // 2) for part in halves]
         return torch.cat([*in_cells, functional.pixel_unshuffle(quarters, self.cell_size // 4)], dim=1)
 
-    def contexts(self, painted: Tensor) -> Tensor:
-        """What is painted around each cell, and where it is.
+    def contexts(self, inpainted: Tensor) -> Tensor:
+        """What is inpainted around each cell, and where it is.
 
         Args:
-            painted (Tensor): Paintings of shape ``(B, C, H, W)`` with values in [0, 1].
+            inpainted (Tensor): Reconstructions of shape ``(B, C, H, W)`` with values in [0, 1].
 
         Returns:
             Tensor: Contexts of shape ``(B, 38, h, w)``; beyond the border the outermost cells go on.
         """
-        means = functional.avg_pool2d(painted.float().mean(dim=1, keepdim=True), self.cell_size // 2)
+        means = functional.avg_pool2d(inpainted.float().mean(dim=1, keepdim=True), self.cell_size // 2)
         padded = functional.pad(functional.pixel_unshuffle(means, 2), (1, 1, 1, 1), mode="replicate")
         rows, columns = self.place.shape[2:]
         around = [padded[..., i : i + rows, j : j + columns] for i in range(3) for j in range(3)]
-        return torch.cat([*around, self.place.expand(painted.shape[0], -1, -1, -1)], dim=1)
+        return torch.cat([*around, self.place.expand(inpainted.shape[0], -1, -1, -1)], dim=1)
 
     @torch.no_grad()
     def fit(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -120,7 +120,7 @@ class ContextDistance(nn.Module):
         The first 500 images are kept until their contexts have been clustered.
 
         Args:
-            pairs (Iterable[tuple[Tensor, Tensor]]): Normal images and their paintings in batches of shape
+            pairs (Iterable[tuple[Tensor, Tensor]]): Normal images and their reconstructions in batches of shape
                 ``(b, C, H, W)``. The first 500 should be drawn from all.
         """
         batches = (
@@ -146,18 +146,18 @@ class ContextDistance(nn.Module):
         common = products.sum(dim=0) / counts.sum()
         self.whitening = to_unit_covariance((products + PRIOR_CELLS * common) / (counts + PRIOR_CELLS)[:, None, None])
 
-    def forward(self, images: Tensor, painted: Tensor) -> Tensor:
+    def forward(self, images: Tensor, inpainted: Tensor) -> Tensor:
         """Compute the distance of each cell, over the root of the number of differences.
 
         Args:
             images (Tensor): Images of shape ``(B, C, H, W)`` with values in [0, 1].
-            painted (Tensor): Paintings of the same shape.
+            inpainted (Tensor): Reconstructions of the same shape.
 
         Returns:
             Tensor: Distances of shape ``(B, 1, h, w)``, about 1 where images are normal.
         """
         with torch.autocast(images.device.type, enabled=False):
-            differences, contexts = self.differences(images, painted), self.contexts(painted)
+            differences, contexts = self.differences(images, inpainted), self.contexts(inpainted)
             if torch.compiler.is_exporting():
                 return self._distances(differences, contexts)
             # a map for each cell is much memory for a batch

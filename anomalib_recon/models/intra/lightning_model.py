@@ -81,7 +81,7 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
             Defaults to ``True``.
         position (Literal["global", "local"]): Number the patches within the image or within the window.
             Defaults to ``"global"``.
-        readout (Literal["mean", "token"]): Paint from the mean of the output sequence, or from its covered token.
+        readout (Literal["mean", "token"]): Inpaint from the mean of the output sequence, or from its covered token.
             Defaults to ``"mean"``.
         sigmoid (bool): End in a sigmoid (version 3 of the paper) or not (version 1).
             Defaults to ``True``.
@@ -114,14 +114,15 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
         train_covered (int): Patches covered in each window in training, at random places. More than one teach more
             in the same time, and need ``readout="token"``.
             Defaults to ``1``.
-        covered_per_window (int): Patches covered and painted at a time in a window outside training: 1 is the paper's;
-            4 and 9 make inference about 2.5 and 5 times as fast, an approximation, and need ``readout="token"``.
+        covered_per_window (int): Patches covered and inpainted at a time in a window outside training: 1 is the
+            paper's; 4 and 9 make inference about 2.5 and 5 times as fast, as an approximation, and need
+            ``readout="token"``.
             Defaults to ``1``.
-        in_channels (int): Channels of an image that are painted: 3, or 1 for grey images, whose three channels are
+        in_channels (int): Channels of an image that are inpainted: 3, or 1 for grey images, whose three channels are
             equal. With 1, images in colour are taken as the mean of their channels.
             Defaults to ``3``.
-        distance (Literal["gms", "mahalanobis"]): Compare the gradients of images and paintings (section 3.5), or
-            pixels and gradients, in units of what is normal for what is painted there.
+        distance (Literal["gms", "mahalanobis"]): Compare the gradients of images and reconstructions (section 3.5), or
+            pixels and gradients, in units of what is normal in the context.
             Defaults to ``"gms"``.
         top_fraction (float): Share of the map, from the highest value down, whose mean is the image's score; at 0 the
             score is the maximum (eq. 18).
@@ -320,25 +321,25 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
             total += self.loss(self.model.pixels(patches), self.model.pixels(inpainted))
         return float(self.trainer.strategy.reduce(total, reduce_op="sum")) / len(images)
 
-    def paintings(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Paint the normal training images, in an order that is drawn once and for all.
+    def reconstructions(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inpaint the normal training images, in an order that is drawn once and for all.
 
         Yields:
-            tuple[Tensor, Tensor]: Images, or their tiles, and paintings, both of shape ``(b, C, H, W)``.
+            tuple[Tensor, Tensor]: Images, or their tiles, and reconstructions, both of shape ``(b, C, H, W)``.
         """
 
-        def paint(batch: Any) -> tuple[Tensor, Tensor]:
+        def inpaint(batch: Any) -> tuple[Tensor, Tensor]:
             patches = self.model.embed(self.tiles(batch))
             return self.model.unpatchify(patches), self.model.unpatchify(self.model.reconstruct(patches))
 
         images = self.training_images()
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        yield from map_images(self.trainer, self, images.subsample(order.tolist()), paint)
+        yield from map_images(self.trainer, self, images.subsample(order.tolist()), inpaint)
 
     def finish(self) -> None:
-        """Take the mean difference of the normal training images (eq. 17), or what is normal for what is painted."""
+        """Take the mean difference of the normal training images (eq. 17), or what is normal in each context."""
         if self.model.mahalanobis is not None:
-            self.model.mahalanobis.fit(self.paintings())
+            self.model.mahalanobis.fit(self.reconstructions())
             return
 
         def total_difference(batch: Any) -> Tensor:

@@ -3,8 +3,8 @@
 """InTra: the inpainting transformer, as a plain PyTorch module.
 
 An image is cut into patches. For each patch, the network sees a square window of patches in which that one is covered,
-and paints it from the others. What the network, trained on normal images, paints differently from what the camera saw
-is anomalous.
+and inpaints it from the others. Where the image differs from what a network trained on normal images inpaints, it is
+anomalous.
 
 Example:
     >>> import torch
@@ -58,18 +58,18 @@ class InTraModel(Tiling, nn.Module):
         long_residuals (bool): Add the output of block i to the input of block n - 1 - i, for i < (n - 1) // 2 (counted
             from 0), as in a U-Net (section 4.3.1, figure 3).
         position (Literal["global", "local"]): Number the patches within the image (eq. 2) or the window (eq. 1).
-        readout (Literal["mean", "token"]): Paint from the mean of the output sequence, or from the output at the
+        readout (Literal["mean", "token"]): Inpaint from the mean of the output sequence, or from the output at the
             covered patch.
         sigmoid (bool): End in a sigmoid (version 3) or in the affine map (version 1).
         windows_per_chunk (int): Windows that are inpainted at a time by :meth:`reconstruct`. Bounds its memory, changes
             nothing else. An exported model takes as many windows of each image of the batch.
-        covered_per_window (int): Patches c that :meth:`reconstruct` covers in a window, far apart, and paints at a
+        covered_per_window (int): Patches c that :meth:`reconstruct` covers in a window, far apart, and inpaints at a
             time: 1, as in the paper, or the square of a whole number up to L / 2, which takes fewer windows and needs
             ``readout="token"``.
         in_channels (int): Channels C of the images. With 1, images of three channels are taken, too, as the mean of
             their channels.
-        distance (Literal["gms", "mahalanobis"]): Compare the gradients of images and paintings (section 3.5), or
-            pixels and gradients, in units of what is normal for what is painted there; see
+        distance (Literal["gms", "mahalanobis"]): Compare the gradients of images and reconstructions (section 3.5), or
+            pixels and gradients, in units of what is normal in the context; see
             :class:`~anomalib_recon.models.intra.context_distance.ContextDistance`.
         top_fraction (float): Share of the map, from the highest value down, whose mean is the image's score; at 0 the
             score is the maximum (eq. 18).
@@ -128,10 +128,10 @@ class InTraModel(Tiling, nn.Module):
         self.output = nn.Sigmoid() if sigmoid else nn.Identity()
 
         places, covered = centred_windows(self.grid_size, window_size, covered_per_window)
-        painted = places.gather(1, covered).flatten()
-        # where each patch of the grid is among the painted ones
+        inpainted = places.gather(1, covered).flatten()
+        # where each patch of the grid is among the inpainted ones
         order = torch.empty(self.grid_size[0] * self.grid_size[1], dtype=torch.long)
-        order[painted] = torch.arange(len(painted))
+        order[inpainted] = torch.arange(len(inpainted))
         self.register_buffer("places", places, persistent=False)
         self.register_buffer("covered", covered, persistent=False)
         self.register_buffer("order", order, persistent=False)
@@ -275,7 +275,7 @@ class InTraModel(Tiling, nn.Module):
 
     @torch.no_grad()
     def attention_rollout(self, image: Tensor, row: int, col: int) -> Tensor:
-        """Where the network looks to paint a patch: attention rolled out over all blocks (section 3.3 mentions it).
+        """Where the network looks to inpaint a patch: attention rolled out over all blocks (section 3.3 mentions it).
 
         Attention Rollout, https://arxiv.org/abs/2005.00928: tokens are followed from block to block, half of them
         by the residual connections. A long residual counts as much as what it is added to.
@@ -384,7 +384,7 @@ def check_network(embed_dim: int, depth: int, num_heads: int, windows_per_chunk:
 
 
 def check_covered(covered_per_window: int, window_size: int, readout: str) -> None:
-    """Check that so many patches of a window can be covered, far apart, and painted at a time.
+    """Check that so many patches of a window can be covered, far apart, and inpainted at a time.
 
     Raises:
         ValueError: If they cannot.
@@ -399,19 +399,19 @@ def check_covered(covered_per_window: int, window_size: int, readout: str) -> No
 
 
 def check_readout(name: str, num_covered: int, readout: str) -> None:
-    """Check that so many patches of a window can be painted from its output sequence.
+    """Check that so many patches of a window can be inpainted from its output sequence.
 
     Args:
         name (str): Name of the argument that says how many are covered.
         num_covered (int): How many.
-        readout (str): What they are painted from.
+        readout (str): What they are inpainted from.
 
     Raises:
         ValueError: If they cannot.
     """
     if num_covered > 1 and readout != "token":
         msg = (
-            f"{name}={num_covered} needs readout='token', got readout={readout!r}: the mean of a sequence paints one "
+            f"{name}={num_covered} needs readout='token', got readout={readout!r}: the mean of a sequence inpaints one "
             f"patch only; train with readout='token' or leave {name} at 1."
         )
         raise ValueError(msg)

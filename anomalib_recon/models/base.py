@@ -13,6 +13,7 @@ a whole model.
 """
 
 import inspect
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -59,6 +60,8 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
+logger = logging.getLogger(__name__)
+
 NUM_CHANNELS = 3
 # anomalib's tiled ensemble builds a model for images of this size only to ask it for its evaluator
 PROBE_SIZE = (10, 10)
@@ -89,6 +92,8 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
             one.
         free_arguments (tuple[str, ...]): Arguments of the network in which a checkpoint may differ from the model it is
             loaded into.
+        score_arguments (tuple[str, ...]): Such arguments that change scores, for which the checkpoint's thresholds are
+            not: a difference is logged as a warning.
         added_arguments (dict[str, Any]): Arguments that the network did not have at first, with the value by which it
             is what it was: a checkpoint without them has these.
         defaulted_arguments (tuple[str, ...]): Arguments of which ``None`` stands for a value that another model may
@@ -104,6 +109,7 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
     network: ClassVar[type[nn.Module]]
     default_image_size: ClassVar[tuple[int, int]] = (256, 256)
     free_arguments: ClassVar[tuple[str, ...]] = ()
+    score_arguments: ClassVar[tuple[str, ...]] = ()
     added_arguments: ClassVar[dict[str, Any]] = {}
     defaulted_arguments: ClassVar[tuple[str, ...]] = ()
     feature_cache: FeatureCache | None = None
@@ -489,7 +495,7 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
         saved = {**self.added_arguments, **checkpoint.get("hyper_parameters", {})}
         given = {name for name in self.defaulted_arguments if name in saved}
         defaulted = {name for name in given if saved[name] is None or built[name] is None}
-        free = {"pre_trained", "backbone_weights", *self.free_arguments, *defaulted}
+        free = {"pre_trained", "backbone_weights", *self.free_arguments, *self.score_arguments, *defaulted}
         names = [name for name in _arguments_of(self.network) if name not in free]
         if not saved.keys() >= set(names):
             msg = f"The checkpoint is not one of {model}, or of a version without some of its arguments; train anew."
@@ -502,6 +508,13 @@ class ReconstructionModule(CurrentOpsetExport, _Base):  # type: ignore[misc]  # 
                 f"--model.{different[0]}, or use {model}.load_from_checkpoint."
             )
             raise ValueError(msg)
+        for name in self.score_arguments:
+            if name in saved and _plain(saved[name]) != _plain(built[name]):
+                logger.warning(
+                    "The checkpoint has %s=%s, and its thresholds are of such scores; this model has %s. Pass "
+                    "--model.%s, or set the thresholds anew.",
+                    name, saved[name], built[name], name,
+                )  # fmt: skip
 
 
 def _plain(value: Any) -> Any:

@@ -86,11 +86,18 @@ class CurrentOpsetExport(RawScoreExport):
     ) -> "openvino.Model":
         """Compress a copy, in which the graph and the bodies of its loops share no constants: nncf would stumble."""
         model = model.clone()
-        if compression_type == CompressionType.INT8 and self.scales_features:
+        if compression_type == CompressionType.INT8:
             import nncf  # noqa: PLC0415  # slow, and only needed here
 
-            kept = [*backbone_operations(model), *layers_behind_backbone(model)]
-            return nncf.compress_weights(model, ignored_scope=nncf.IgnoredScope(names=kept, validate=False))
+            kept = comparison_operations(model, 0)
+            if self.scales_features:
+                kept += [*backbone_operations(model), *layers_behind_backbone(model)]
+            compared = comparison_operations(model, self.comparison_layers)
+            compressed = nncf.compress_weights(model, ignored_scope=nncf.IgnoredScope(names=kept, validate=False))
+            for loop in _loops(compressed):
+                if loop.get_friendly_name() not in compared:
+                    loop.set_function(nncf.compress_weights(loop.get_function()))
+            return compressed
         return super()._compress_ov_model(model, compression_type, *args, **kwargs)  # type: ignore[misc]
 
     def _post_training_quantization_ov(

@@ -14,7 +14,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class ProgressLines(Callback):
-    """Log a line every half minute of training, if the output does not go to a terminal."""
+    """Log a line at the end of a batch, at most every half minute, if the output does not go to a terminal."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""

@@ -29,7 +29,7 @@ def save(model: AnomalibModule, path: Path) -> Path:
 
 def network_arguments(model: AnomalibModule) -> list[str]:
     """Arguments by which a checkpoint must be that of the same network."""
-    free = {"pre_trained", "backbone_weights", *model.free_arguments}
+    free = {"pre_trained", "backbone_weights", *model.free_arguments, *model.score_arguments}
     return [argument for argument in inspect.signature(model.network).parameters if argument not in free]
 
 
@@ -137,3 +137,19 @@ def test_one_of_another_version_is_refused(name: str, trained: Trained, checkpoi
         )
         with pytest.raises(ValueError, match=words):
             model.on_load_checkpoint({**checkpoint, "state_dict": changed})
+
+
+def test_scores_that_the_thresholds_are_not_of_are_said(
+    name: str, trained: Trained, checkpoint: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = trained.model
+    value = model.hparams["top_fraction"]
+    model.on_load_checkpoint(checkpoint)
+    assert "thresholds" not in caplog.text
+    model.hparams["top_fraction"] = 0.5
+    model.on_load_checkpoint(checkpoint)
+    model.hparams["top_fraction"] = value
+    assert (
+        f"The checkpoint has top_fraction={value}, and its thresholds are of such scores; this model has 0.5."
+        in caplog.text
+    )

@@ -21,4 +21,5 @@ def test_it_takes_one_epoch_with_features_in_memory_or_computed_anew(demo: Path,
         with torch.no_grad():
             scores.append(model.eval().model(images).pred_score)
     assert scores[0].std() > 0.1
-    torch.testing.assert_close(*scores, rtol=0.02, atol=0.02)  # features in memory have half precision
+    # features in memory have half precision
+    assert (scores[0] - scores[1]).abs().max() < 0.05 * scores[0].std()

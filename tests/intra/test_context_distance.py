@@ -63,7 +63,7 @@ def test_distances_are_those_of_an_independent_computation(
     differences, contexts = (
         part.movedim(1, -1).flatten(0, 2).double() for part in (distance.differences(*pair), distance.contexts(pair[1]))
     )
-    nearest = torch.cdist(contexts, distance.centres.double()).argmin(dim=1)
+    nearest = torch.cdist(contexts - distance.origin, distance.centres.double()).argmin(dim=1)
     counts = nearest.bincount()
     assert len(counts) == 256
     deviations, means = torch.zeros_like(differences), {}
@@ -106,3 +106,17 @@ def test_few_cells_have_fewer_contexts() -> None:
     distance.fit([(images, inpainted)])
     assert distance(images, inpainted).isfinite().all()
     assert int((distance.centres[:, 0] < 1).sum()) == 18
+
+
+def test_contexts_are_told_apart_in_bfloat16() -> None:
+    """Few digits suffice for a place and a faint edge on a bright background."""
+    generator = torch.Generator().manual_seed(0)
+    inpainted = (0.8 + 0.02 * torch.randn(300, 1, 8, 8, generator=generator)).repeat_interleave(4, 2)
+    inpainted = inpainted.repeat_interleave(4, 3).expand(-1, 3, -1, -1)
+    distance = ContextDistance(3, (32, 32), patch_size=8)
+    distance.fit([(inpainted, inpainted)])
+    contexts = distance.contexts(inpainted).movedim(1, -1)
+    distances = torch.cdist((contexts - distance.origin).flatten(0, 2), distance.centres)
+    low = distance.to(torch.bfloat16)._nearest(contexts.bfloat16()).flatten()
+    # the one that is taken is nearly as near as the nearest
+    assert (distances.gather(1, low[:, None])[:, 0] - distances.min(dim=1).values).max() < 0.05

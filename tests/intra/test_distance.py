@@ -69,6 +69,21 @@ def operations_behind_the_loop(path: Path) -> list[openvino.Node]:
     return ops[loop + 1 :]
 
 
+def words_of(operations: list[openvino.Node]) -> set[str]:
+    """Types of operations, those in the bodies of loops included, and of the constants that they read."""
+    words = set()
+    for node in operations:
+        words.add(node.get_type_name())
+        if node.get_type_name() in {"Loop", "TensorIterator"}:
+            words |= words_of(node.get_function().get_ordered_ops())
+        words |= {value.get_element_type().get_type_name() for value in node.input_values() if is_constant(value)}
+    return words
+
+
+def is_constant(value: openvino.Output) -> bool:
+    return value.get_node().get_type_name() == "Constant"
+
+
 def test_checkpoint_and_export_hold_the_distance(
     trained: tuple[InTra, Path, dict[str, float]], stripes: Path, tmp_path: Path
 ) -> None:
@@ -82,13 +97,17 @@ def test_checkpoint_and_export_hold_the_distance(
     # where two contexts are equally near, rounding takes the one or the other
     assert difference.max() < 1e-2
     assert (difference < 1e-3).mean() > 0.99
-    path = export(
-        model,
-        tmp_path / "ptq",
-        ExportType.OPENVINO,
-        compression_type=CompressionType.INT8_PTQ,
-        datamodule=data(stripes),
-    )
-    assert "FakeQuantize" not in {node.get_type_name() for node in operations_behind_the_loop(path)}
+    for compression_type, word in ((CompressionType.INT8_PTQ, "FakeQuantize"), (CompressionType.INT8, "u8")):
+        path = export(
+            model,
+            tmp_path / compression_type.value,
+            ExportType.OPENVINO,
+            compression_type=compression_type,
+            datamodule=data(stripes),
+        )
+        assert word not in words_of(operations_behind_the_loop(path))
+        assert word in words_of(openvino.Core().read_model(path).get_ordered_ops())
+        result = run(path, images, 2)
+        np.testing.assert_allclose(result["pred_score"].flatten(), expected["pred_score"].flatten(), atol=0.05)
     with pytest.raises(ValueError, match=r"distance"):
         InTra(**SMALL).on_load_checkpoint(torch.load(checkpoint, weights_only=True))

@@ -143,7 +143,8 @@ class ADTR(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
     """
 
     network = ADTRModel
-    free_arguments = ("dropout", "pool_size", "top_fraction")
+    free_arguments = ("dropout",)
+    score_arguments = ("pool_size", "top_fraction")
     defaulted_arguments = ("layers", "feature_size")
     added_arguments: ClassVar[dict[str, Any]] = {"reconstruction": "transformer"}
 

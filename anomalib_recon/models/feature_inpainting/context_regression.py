@@ -102,9 +102,13 @@ class ContextRegression(nn.Module):
 
     def _windows(self, features: Tensor, number: int) -> Tensor:
         """Contexts of some cells, ``(b, C, h, w) -> (p, n)``."""
-        windows = functional.unfold(features[:, : self.context_dim], self.window_size, padding=self.window_size // 2)
-        windows = windows.unflatten(1, (self.context_dim, -1))[:, :, self.is_context].flatten(1, 2)
-        return _some_cells(windows.unflatten(2, features.shape[-2:]), number)
+        padded = functional.pad(features[:, : self.context_dim], (self.window_size // 2,) * 4)
+        parts = []
+        for images, top, left in _kinds(padded, number):
+            windows = functional.unfold(images[:, :, top:, left:], self.window_size, stride=STEP)
+            windows = windows.unflatten(1, (self.context_dim, -1))[:, :, self.is_context]
+            parts.append(windows.flatten(1, 2).movedim(1, -1).flatten(0, 1))
+        return torch.cat(parts)
 
     def _set_linear(self, weight: Tensor) -> None:
         """Set the convolution by weights of shape ``(n, r)``, and leave the hole 0."""
@@ -123,8 +127,8 @@ class NormalEquations:
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
         """Add p examples, inputs of shape ``(p, n)`` and targets of shape ``(p, C)``."""
-        self.inputs = self.inputs + (inputs.T @ inputs).cpu()
-        self.products = self.products + (inputs.T @ targets).cpu()
+        self.inputs = self.inputs + (inputs.T @ inputs).cpu().double()
+        self.products = self.products + (inputs.T @ targets).cpu().double()
         self.count += len(inputs)
 
     def solve(self, ridge: float) -> Tensor:
@@ -164,9 +168,11 @@ def _some_cells(features: Tensor, number: int) -> Tensor:
 
     Which ones depends on the number of the image among all, so that the size of batches has no influence.
     """
-    cells = []
+    parts = (images[:, :, top::STEP, left::STEP] for images, top, left in _kinds(features, number))
+    return torch.cat([part.movedim(1, -1).flatten(0, 2) for part in parts])
+
+
+def _kinds(features: Tensor, number: int) -> Iterator[tuple[Tensor, int, int]]:
+    """Images of a batch by the cells that are taken of them, with the first row and column of these."""
     for kind in range(STEP**2):
-        top, left = kind % STEP, kind // STEP
-        images = features[(kind - number) % STEP**2 :: STEP**2]
-        cells.append(images[:, :, top::STEP, left::STEP].movedim(1, -1).flatten(0, 2))
-    return torch.cat(cells)
+        yield features[(kind - number) % STEP**2 :: STEP**2], kind % STEP, kind // STEP

@@ -88,7 +88,7 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
     """
 
     network = FeatureInpaintingModel
-    free_arguments = ("top_fraction",)
+    score_arguments = ("top_fraction",)
     defaulted_arguments = ("layers", "feature_stride")
     scales_features = True
     needs_datamodule = True

@@ -31,7 +31,7 @@ from .loss import gradient_difference
 CELL_SIZES = (8, 4)
 # clusters of contexts, each with statistics of its own
 NUM_CONTEXTS = 256
-# images whose contexts are clustered
+# images, or tiles, whose contexts are clustered
 MAX_EXAMPLES = 500
 # cells that the covariance of all contexts counts for in that of one
 PRIOR_CELLS = 100
@@ -60,6 +60,7 @@ class ContextDistance(nn.Module):
         ValueError: If ``patch_size`` is not a multiple of 4.
     """
 
+    origin: Tensor
     centres: Tensor
     mean: Tensor
     whitening: Tensor
@@ -69,13 +70,17 @@ class ContextDistance(nn.Module):
         super().__init__()
         cell_size = next((size for size in CELL_SIZES if patch_size % size == 0), None)
         if cell_size is None:
-            msg = f"patch_size must be a multiple of 4 for distance='mahalanobis', got {patch_size}."
+            msg = (
+                f"patch_size must be a multiple of 4 for distance='mahalanobis', got {patch_size}; take distance='gms'."
+            )
             raise ValueError(msg)
         self.cell_size = cell_size
         rows, columns = (side // cell_size for side in image_size)
         vertical, horizontal = torch.meshgrid(torch.arange(rows) / rows, torch.arange(columns) / columns, indexing="ij")
         self.register_buffer("place", torch.stack([vertical, horizontal])[None], persistent=False)
         num_differences = (in_channels + 1) * (cell_size // 2) ** 2 + (cell_size // 4) ** 2
+        # mean of the contexts, from which centres are counted: near 0, few digits tell them apart
+        self.register_buffer("origin", torch.zeros(CONTEXT_DIM))
         self.register_buffer("centres", torch.full((NUM_CONTEXTS, CONTEXT_DIM), NOWHERE))
         self.register_buffer("mean", torch.zeros(NUM_CONTEXTS, num_differences))
         # for each context the map of a difference to unit covariance
@@ -117,7 +122,7 @@ class ContextDistance(nn.Module):
     def fit(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Find the contexts, and set their means and covariances, in one pass.
 
-        The first 500 images are kept until their contexts have been clustered.
+        The first 500 images, or tiles of images, are kept in memory until their contexts have been clustered.
 
         Args:
             pairs (Iterable[tuple[Tensor, Tensor]]): Normal images and their reconstructions in batches of shape
@@ -129,22 +134,27 @@ class ContextDistance(nn.Module):
         )
         cells_of_image = self.place[0, 0].numel()
         examples: list[tuple[Tensor, Tensor]] = []
-        for batch in batches:
-            examples.append(batch)
+        for differences, contexts in batches:
+            examples.append((differences.cpu(), contexts.cpu()))
             if sum(len(contexts) for _, contexts in examples) >= MAX_EXAMPLES * cells_of_image:
                 break
-        self.centres.copy_(_cluster(torch.cat([contexts for _, contexts in examples])))
+        clustered = torch.cat([contexts for _, contexts in examples])
+        self.origin.copy_(clustered.mean(dim=0))
+        self.centres.copy_(_cluster(clustered - clustered.mean(dim=0)))
+        del clustered
 
         self.mean.zero_()
         products, counts = torch.zeros_like(self.whitening), torch.zeros(NUM_CONTEXTS, device=self.mean.device)
-        for differences, contexts in chain(examples, batches):
+        for batch in chain((examples.pop() for _ in range(len(examples))), batches):
+            differences, contexts = (part.to(self.mean) for part in batch)
             nearest = self._nearest(contexts)
             sizes = nearest.bincount(minlength=NUM_CONTEXTS)
             for index, part in enumerate(differences[nearest.argsort()].split(sizes.tolist())):
                 if len(part):
                     _add(part, self.mean[index], products[index], counts[index])
         common = products.sum(dim=0) / counts.sum()
-        self.whitening = to_unit_covariance((products + PRIOR_CELLS * common) / (counts + PRIOR_CELLS)[:, None, None])
+        covariances = (products + PRIOR_CELLS * common) / (counts + PRIOR_CELLS)[:, None, None]
+        self.whitening.copy_(to_unit_covariance(covariances))
 
     def forward(self, images: Tensor, inpainted: Tensor) -> Tensor:
         """Compute the distance of each cell, over the root of the number of differences.
@@ -173,7 +183,8 @@ class ContextDistance(nn.Module):
 
     def _nearest(self, contexts: Tensor) -> Tensor:
         """Index of the nearest centre, ``(..., 38) -> (...)``."""
-        return (self.centres.square().sum(dim=1) - 2 * contexts @ self.centres.T).argmin(dim=-1)
+        products = (contexts - self.origin) @ self.centres.T
+        return (self.centres.square().sum(dim=1) - 2 * products).argmin(dim=-1)
 
 
 def _add(vectors: Tensor, mean: Tensor, products: Tensor, count: Tensor) -> None:
@@ -196,8 +207,8 @@ def _cells(maps: Tensor) -> Tensor:
 
 def _cluster(contexts: Tensor) -> Tensor:
     """Centres of 256 clusters, or of fewer if there are fewer contexts, ``(n, 38) -> (256, 38)``."""
-    num_clusters = min(NUM_CONTEXTS, len(contexts.unique(dim=0)))
-    kmeans = MiniBatchKMeans(num_clusters, batch_size=BATCH_SIZE, n_init=3, random_state=SEED)
+    num_clusters = min(NUM_CONTEXTS, len(contexts))
+    kmeans = MiniBatchKMeans(num_clusters, batch_size=BATCH_SIZE, n_init=3, random_state=SEED, compute_labels=False)
     centres = torch.full((NUM_CONTEXTS, contexts.shape[1]), NOWHERE)
     centres[:num_clusters] = torch.from_numpy(kmeans.fit(contexts.cpu().numpy()).cluster_centers_)
     return centres

@@ -135,7 +135,8 @@ class PatchAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to
     """
 
     network = PatchAEModel
-    free_arguments = ("trained_stages", "sigma", "top_fraction", "vectors_per_chunk")
+    free_arguments = ("trained_stages", "vectors_per_chunk")
+    score_arguments = ("sigma", "top_fraction")
     defaulted_arguments = ("layers",)
     needs_datamodule = True
 

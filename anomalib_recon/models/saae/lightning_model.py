@@ -127,7 +127,8 @@ class SAAE(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_on
 
     network = SAAEModel
     default_image_size = DEFAULT_IMAGE_SIZE
-    free_arguments = ("latent_dim", "top_fraction")
+    free_arguments = ("latent_dim",)
+    score_arguments = ("top_fraction",)
     defaulted_arguments = ("layers", "feature_stride")
     added_arguments: ClassVar[dict[str, Any]] = {"normalize": True, "backbone_dropout": 0.0, "align_corners": False}
 

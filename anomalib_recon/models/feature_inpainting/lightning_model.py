@@ -70,7 +70,7 @@ class FeatureInpainting(ReconstructionModule, AnomalibModule):  # type: ignore[m
             the maximum.
             Defaults to ``0.01``.
         feature_cache_gib (float): Features of the training images are computed once and kept in half precision, in up
-            to so many GiB of memory. If they need more, they are computed anew in each of six passes.
+            to so many GiB of memory. If they need more, they are computed anew in each of seven passes.
             Defaults to ``4.0``.
         pre_processor (PreProcessor | bool): Pre-processor; it must leave images in [0, 1].
             Defaults to ``True``.

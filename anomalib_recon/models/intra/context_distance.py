@@ -138,10 +138,10 @@ class ContextDistance(nn.Module):
             examples.append((differences.cpu(), contexts.cpu()))
             if sum(len(contexts) for _, contexts in examples) >= MAX_EXAMPLES * cells_of_image:
                 break
-        clustered = torch.cat([contexts for _, contexts in examples])
-        self.origin.copy_(clustered.mean(dim=0))
-        self.centres.copy_(_cluster(clustered - clustered.mean(dim=0)))
-        del clustered
+        contexts = torch.cat([contexts for _, contexts in examples])
+        origin = contexts.mean(dim=0)
+        self.origin.copy_(origin)
+        self.centres.copy_(_cluster(contexts - origin))
 
         self.mean.zero_()
         products, counts = torch.zeros_like(self.whitening), torch.zeros(NUM_CONTEXTS, device=self.mean.device)
@@ -210,5 +210,5 @@ def _cluster(contexts: Tensor) -> Tensor:
     num_clusters = min(NUM_CONTEXTS, len(contexts))
     kmeans = MiniBatchKMeans(num_clusters, batch_size=BATCH_SIZE, n_init=3, random_state=SEED, compute_labels=False)
     centres = torch.full((NUM_CONTEXTS, contexts.shape[1]), NOWHERE)
-    centres[:num_clusters] = torch.from_numpy(kmeans.fit(contexts.cpu().numpy()).cluster_centers_)
+    centres[:num_clusters] = torch.from_numpy(kmeans.fit(contexts.numpy()).cluster_centers_)
     return centres

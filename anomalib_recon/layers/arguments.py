@@ -141,19 +141,21 @@ def check_named_once(layers: Sequence[str]) -> None:
         raise ValueError(msg)
 
 
-def check_image_size(images: Tensor, image_size: tuple[int, int]) -> None:
+def check_image_size(images: Tensor, image_size: tuple[int, int], num_channels: int = 3) -> None:
     """Refuse images of another size than that of the network.
 
     Args:
-        images (Tensor): Images of shape ``(B, 3, H, W)``.
+        images (Tensor): Images of shape ``(B, C, H, W)``.
         image_size (tuple[int, int]): Height and width that the network was built for, in pixels.
+        num_channels (int): Channels C of its images.
+            Defaults to ``3``.
 
     Raises:
         ValueError: If the images are of another size.
     """
-    if images.shape[1:] != (3, *image_size):
+    if images.shape[1:] != (num_channels, *image_size):
         msg = (
-            f"images must have shape (B, 3, {image_size[0]}, {image_size[1]}), got "
-            f"{tuple(images.shape)}; resize them or build the model with their image_size."
+            f"images must have shape (B, {num_channels}, {image_size[0]}, {image_size[1]}), got "
+            f"{tuple(images.shape)}; resize them or build the model for theirs."
         )
         raise ValueError(msg)

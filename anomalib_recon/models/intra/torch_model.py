@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops import scan
 from torch.nn import functional
 
-from anomalib_recon.layers import Tiling, TopMean, check_choice, check_whole
+from anomalib_recon.layers import Tiling, TopMean, check_choice, check_image_size, check_whole
 
 from .anomaly_map import AnomalyMapGenerator
 from .context_distance import ContextDistance
@@ -166,12 +166,7 @@ class InTraModel(Tiling, nn.Module):
         """
         if self.in_channels == 1 and images.shape[1:] == (NUM_CHANNELS, *self.image_size):
             images = images.mean(dim=1, keepdim=True)
-        if images.shape[1:] != (self.in_channels, *self.image_size):
-            msg = (
-                f"images must have shape (B, {self.in_channels}, {self.image_size[0]}, {self.image_size[1]}), got "
-                f"{tuple(images.shape)}; resize them or build the model with their image_size and in_channels."
-            )
-            raise ValueError(msg)
+        check_image_size(images, self.image_size, self.in_channels)
         rows, cols = self.grid_size
         patches = images.reshape(-1, self.in_channels, rows, self.patch_size, cols, self.patch_size)
         return patches.permute(0, 2, 4, 3, 5, 1).reshape(-1, rows * cols, self.patch_size**2 * self.in_channels)

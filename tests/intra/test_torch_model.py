@@ -88,9 +88,9 @@ def inpaint_by_the_paper(
         number = (i - 1) * model.grid_size[1] + j if model.is_global else (i - r) * side + j - s + 1
         sequence.append(token + model.position_embedding[number - 1])
     places = [window.index(place) for place in covered]
-    # where several patches are covered, each is seen by itself alone
+    # read at its token, a covered patch is seen by itself alone
     mask = torch.ones(side**2, side**2, dtype=torch.bool)
-    if model.covered.shape[1] > 1:
+    if model.readout == "token":
         mask[:, places] = False
         mask.fill_diagonal_(fill_value=True)
     tokens, outputs = torch.stack(sequence)[None], []
@@ -306,6 +306,10 @@ def test_rollout_follows_tokens_from_block_to_block(readout: str, depth: int) ->
     image, (row, col) = torch.rand(3, 48, 40), (1, 4)
     patches, places = model.embed(image[None])[0], model.places[9:10]
     covered = model.covered[9:10]
+    is_seen = torch.ones(25, 25, dtype=torch.bool)
+    if readout == "token":  # the covered token by itself alone
+        is_seen[:, covered[0]] = False
+        is_seen.fill_diagonal_(fill_value=True)
     matrices, inputs = [], []
     for block in model.blocks:
         block.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
@@ -316,7 +320,7 @@ def test_rollout_follows_tokens_from_block_to_block(readout: str, depth: int) ->
             project(normed)[0].unflatten(-1, (2, -1)) for project in (block.attention.query, block.attention.key)
         )
         logits = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(query.shape[-1])
-        matrices.append((logits.softmax(-1).mean(0) + torch.eye(25)) / 2)
+        matrices.append((logits.masked_fill(~is_seen, -math.inf).softmax(-1).mean(0) + torch.eye(25)) / 2)
     outputs = [matrices[0]]
     for matrix in matrices[1:3]:
         outputs.append(matrix @ outputs[-1])

@@ -59,7 +59,7 @@ class InTraModel(Tiling, nn.Module):
             from 0), as in a U-Net (section 4.3.1, figure 3).
         position (Literal["global", "local"]): Number the patches within the image (eq. 2) or the window (eq. 1).
         readout (Literal["mean", "token"]): Inpaint from the mean of the output sequence, or from the output at the
-            covered patch.
+            covered patch, whose token then attends to the others without being seen by them.
         sigmoid (bool): End in a sigmoid (version 3) or in the affine map (version 1).
         windows_per_chunk (int): Windows that are inpainted at a time by :meth:`reconstruct`. Bounds its memory, changes
             nothing else. An exported model takes as many windows of each image of the batch.
@@ -221,7 +221,7 @@ class InTraModel(Tiling, nn.Module):
         position = functional.embedding(places, self.position_embedding) if self.is_global else self.position_embedding
         is_covered = (covered[:, :, None] == torch.arange(self.window_size**2, device=covered.device)).any(dim=1)
         sequence = torch.where(is_covered[:, :, None], self.inpaint_token, self.patch_embedding(windows)) + position
-        mask = self._mask(is_covered) if covered.shape[1] > 1 else None
+        mask = self._mask(is_covered) if self.readout == "token" else None
 
         early: list[Tensor] = []
         for index, block in enumerate(self.blocks):
@@ -239,8 +239,8 @@ class InTraModel(Tiling, nn.Module):
     def _mask(is_covered: Tensor) -> Tensor:
         """Which tokens attend to which, ``(n, T) -> (n, 1, T, T)``.
 
-        Of several covered tokens, each is seen by itself alone, so that a patch does not depend on how many others are
-        covered. A single one is seen by all, as in the paper.
+        A covered token is seen by itself alone, so that a patch does not depend on how many others are covered. With
+        ``readout="mean"``, the one that is covered is seen by all, as in the paper.
         """
         is_self = torch.eye(is_covered.shape[1], dtype=torch.bool, device=is_covered.device)
         return is_self | ~is_covered[:, None, None]

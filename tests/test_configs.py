@@ -41,7 +41,6 @@ def test_the_paper_config_states_the_defaults(model: type, name: str, given: dic
         ("model/intra.yaml", ["--data", "DemoAD", "--model.depth", "1", "--model.embed_dim", "16"]),
         ("quickstart/intra.yaml", ["--model.depth", "1", "--model.embed_dim", "16"]),
         ("recommended/intra.yaml", ["--data", "DemoAD", "--model.depth", "1"]),
-        ("recommended/intra_hour.yaml", ["--data", "DemoAD", "--model.depth", "1"]),
         ("model/adtr.yaml", ["--data.category", "screw", "--model.pre_trained", "false"]),
         ("model/adtr_512.yaml", ["--model.pre_trained", "false"]),
         ("model/adtr_cifar10.yaml", ["--data.normal_class", "dog", "--model.pre_trained", "false"]),

@@ -45,6 +45,8 @@ class CurrentOpsetExport(RawScoreExport):
     point. anomalib would quantise it, too, to the range that it has for the images it calibrates with: with good images
     alone, it cuts off what is anomalous. Of a model with a backbone, it stores the weights in 8 bits, as ``int8`` does:
     channels of a backbone differ in range and would share one, and what follows a backbone takes little of the time.
+    It does the same for a model that measures its reconstruction in units of what is normal, where rounding of smooth
+    areas is many such units.
     If features are brought to one scale, backbone and the layer behind it keep their weights in floating point: the
     scale enlarges errors of the features, and converters join it with the weights behind, which then differ as much as
     the features did, and share the 8 bits of a row.
@@ -52,6 +54,8 @@ class CurrentOpsetExport(RawScoreExport):
 
     # whether features are brought to one scale behind the backbone
     scales_features = False
+    # whether the reconstruction may be computed in 8 bits, if there is no backbone
+    reconstructs_in_int8 = True
 
     @property
     def comparison_layers(self) -> int:
@@ -104,8 +108,8 @@ class CurrentOpsetExport(RawScoreExport):
         self, model: "openvino.Model", datamodule: AnomalibDataModule | None = None
     ) -> "openvino.Model":
         """Quantise all but the comparison, where anomalib's method of this name quantises all."""
-        if backbone_operations(model):
-            logger.warning("int8_ptq stores the weights of a model with a backbone in 8 bits, as int8 does.")
+        if backbone_operations(model) or not self.reconstructs_in_int8:
+            logger.warning("int8_ptq stores the weights of this model in 8 bits, as int8 does, and computes in more.")
             return self._compress_ov_model(model, CompressionType.INT8)
         import nncf  # noqa: PLC0415  # slow, and only needed here
 

@@ -212,6 +212,7 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
 
         self.model: InTraModel = self.build_network()
         self.loss = InTraLoss(gms_weight, ssim_weight)
+        self.reconstructs_in_int8 = distance == "gms"
         self.windows_per_image = windows_per_image
         self.windows_per_step = windows_per_step
         self.learning_rate = learning_rate

@@ -79,14 +79,14 @@ def cpu_seconds(function: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-@torch.inference_mode()
 def score_one(name: str, image_size: int, args: argparse.Namespace) -> dict[str, Any]:
     """Score an image; ``extra_mib`` is the peak over what is held before, in the first time."""
     model: Any = build(name, image_size, args.backbone).model.eval()
     image = torch.rand(1, 3, image_size, image_size)
     ctypes.CDLL(None).malloc_trim(0)  # memory of earlier rows would not be counted when it is used again
-    extra = extra_memory(lambda: model(image))
-    times = [cpu_seconds(lambda: model(image)) for _ in range(args.turns)]
+    with torch.inference_mode():
+        extra = extra_memory(lambda: model(image))
+        times = [cpu_seconds(lambda: model(image)) for _ in range(args.turns)]
     return {"model": name, "x": image_size, "extra_mib": round(extra), "seconds": statistics.median(times)}
 
 

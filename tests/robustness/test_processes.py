@@ -38,7 +38,12 @@ COMPARED = {
         {"feature_cache_gib": 0, "post_processor": FalsePositiveRatePostProcessor(0.1, 0.2)},
     ),
 }
-RUNS = {**COMPARED, "ADTR, features kept": ("ADTR", {}), "SAAE, features kept": ("SAAE", {})}
+RUNS = {
+    **COMPARED,
+    "ADTR, features kept": ("ADTR", {}),
+    "SAAE, features kept": ("SAAE", {}),
+    "InTra by its distance": ("InTra", {"distance": "mahalanobis"}),
+}
 LEARNING_RATE = {"InTra": 1.0, "ADTR": 1e-3, "SAAE": 1e-3, "PatchAE": 0.1}
 # of the way that the weights have gone, of the spread of the bank, of thresholds, and of metrics. Sums of single
 # precision in another order differ by 1e-7; steps and PatchAE's whitening have made up to 3e-5 of that.

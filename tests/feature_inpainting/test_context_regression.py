@@ -12,6 +12,7 @@ from anomalib_recon.models.feature_inpainting.context_regression import (
     STEP,
     UNIT_RIDGE,
     ContextRegression,
+    NormalEquations,
 )
 
 NUM_CHANNELS = 6
@@ -138,3 +139,10 @@ def test_a_lower_rank_keeps_the_directions_that_are_predicted_best() -> None:
     of_rank = [missed(fitted(features, rank=rank), tested) for rank in (1, 3, 6)]
     assert of_rank == sorted(of_rank, reverse=True)
     assert of_rank[0] > 1.2 * of_rank[2]
+
+
+def test_sums_over_many_cells_keep_double_precision() -> None:
+    equations = NormalEquations()
+    for value in (4096.0, 1e-2, 1e-2):
+        equations.add(torch.full((1, 1), value), torch.ones(1, 1))
+    assert float(equations.inputs) == pytest.approx(4096.0**2 + 2e-4, abs=1e-6)

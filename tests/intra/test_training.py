@@ -237,7 +237,7 @@ def pre_processor(*transforms: Transform) -> ExactResizePreProcessor:
     [
         ({"windows_per_image": 0}, "windows_per_image must be at least 1, got 0"),
         ({"patch_size": 4}, "patch_size must be at least 6 for the SSIM in the loss, got 4"),
-        ({"held_out_fraction": 1.5}, "held_out_fraction must be above 0 and at most 1, got 1.5"),
+        ({"held_out_fraction": 1.0}, "held_out_fraction must lie between 0 and 1, got 1.0"),
         ({"in_channels": 2}, "in_channels must be 1 or 3, got 2: images of anomalib have three channels"),
         ({"patience": -1}, "patience must be at least 1, got -1"),
         ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),

@@ -32,7 +32,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from anomalib_recon.layers import check_not_negative, check_positive, check_share, check_whole
+from anomalib_recon.layers import check_finite, check_not_negative, check_positive, check_whole
 from anomalib_recon.models.base import ReconstructionModule
 from anomalib_recon.training import (
     EndOfFit,
@@ -198,7 +198,7 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
                 "window needs patches to inpaint the covered ones from."
             )
             raise ValueError(msg)
-        check_share(held_out_fraction=held_out_fraction)
+        check_finite(held_out_fraction=held_out_fraction)
         check_not_negative(weight_decay=weight_decay)
         if ssim_weight and patch_size < MIN_PATCH_SIZE:
             msg = (
@@ -208,6 +208,9 @@ class InTra(ReconstructionModule, AnomalibModule):  # type: ignore[misc]  # to_o
             raise ValueError(msg)
         if in_channels not in {1, NUM_CHANNELS}:
             msg = f"in_channels must be 1 or {NUM_CHANNELS}, got {in_channels}: images of anomalib have three channels."
+            raise ValueError(msg)
+        if not 0 < held_out_fraction < 1:
+            msg = f"held_out_fraction must lie between 0 and 1, got {held_out_fraction}."
             raise ValueError(msg)
 
         self.model: InTraModel = self.build_network()
